@@ -1,0 +1,1 @@
+"""What the node should be, where that is written, and how it is asked."""

@@ -1,0 +1,1 @@
+"""What happens to a packet: one file, one stage, one kernel."""
