@@ -1,0 +1,229 @@
+"""The desired state: what the node should be, as immutable values.
+
+``config.load`` makes it, ``reconcile.plan`` compares two of them, the node carries the difference out. Everything is
+frozen and hashable, holds no file, socket or table row, and needs nothing but the standard library. MAC addresses are
+integers in host order; IP addresses are ``ipaddress`` objects, because this is the text edge of the program.
+
+Names follow Calico where it has one: a pod's host-side interface is ``cali`` + 11 hex digits of sha1("namespace.name"),
+a node's VTEP has the MAC 0x66 + sha1(node)[0:5], and its tunnel address is the first address of its pod block.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Address: TypeAlias = IPv4Address | IPv6Address
+Network: TypeAlias = IPv4Network | IPv6Network
+
+UplinkMode: TypeAlias = Literal["af_packet", "udp"]
+VxlanMode: TypeAlias = Literal["Always", "CrossSubnet", "Never"]
+RouteType: TypeAlias = Literal["unicast", "blackhole", "unreachable"]
+
+VXLAN_OVERHEAD = 50  # Ethernet 14 + IPv4 20 + UDP 8 + VXLAN 8
+INTERFACE_HASH = 11  # hex digits: with a prefix of four letters the kernel's limit of 15 is just kept
+
+
+def vtep_mac(node: str) -> int:
+    """Return the MAC of a node's VTEP as Calico derives it: 0x66, then the first five bytes of sha1(name)."""
+    return int.from_bytes(b"\x66" + hashlib.sha1(node.encode(), usedforsecurity=False).digest()[:5])
+
+
+def pod_mac(namespace: str, name: str) -> int:
+    """Return a pod's MAC when none is given: locally administered, unicast, the same at every start."""
+    digest = hashlib.sha1(f"{namespace}/{name}".encode(), usedforsecurity=False).digest()
+    return int.from_bytes(b"\x02" + digest[:5])
+
+
+def host_interface(prefix: str, namespace: str, name: str) -> str:
+    """Return the name of a pod's link on the node: Calico's, so that its tools find it."""
+    digest = hashlib.sha1(f"{namespace}.{name}".encode(), usedforsecurity=False).hexdigest()
+    return prefix + digest[:INTERFACE_HASH]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """This node.
+
+    Attributes:
+        name: Its Kubernetes node name; the VTEP's MAC is derived from it.
+        zone: ``topology.kubernetes.io/zone``; empty when unknown.
+        addresses: Its own addresses (InternalIPs) on the uplink.
+        netns: The namespace of the uplink: "" for the one the process runs in, else a name or a path.
+    """
+
+    name: str
+    zone: str = ""
+    addresses: tuple[Address, ...] = ()
+    netns: str = ""
+
+    @property
+    def vtep_mac(self) -> int:
+        """The MAC of this node's own VTEP."""
+        return vtep_mac(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """One pod: a TAP whose other end is ``eth0`` in the pod's network namespace.
+
+    Attributes:
+        netns: A name (``ip netns``) or an absolute path; created when missing.
+        addresses: Each a /32 (/128) on ``eth0``.
+        mac: ``eth0``'s MAC; our end of the link always has ``PodNetwork.gateway_mac``.
+        mtu: Of the link, in bytes of IP packet.
+        interface: The link's name on the node, ``cali...``.
+        labels: Sorted pairs.
+    """
+
+    name: str
+    namespace: str
+    netns: str
+    addresses: tuple[Address, ...]
+    mac: int
+    mtu: int
+    interface: str
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def id(self) -> str:
+        """``namespace/name``: what a pod is known by."""
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class PodNetwork:
+    """What all pods of the node share.
+
+    Attributes:
+        cidrs: The node's own block(s); the part that no pod has is a blackhole.
+        mtu: Of pod links and of the tunnel, in bytes of IP packet.
+        gateway: The pods' default gateway, an address that no interface has.
+        gateway_mac: The MAC of our end of every pod link, and the answer to every proxied ARP request.
+        interface_prefix: Of the host-side names.
+        proxy_arp: Whether addresses other than the gateway's are answered too.
+        offload: What the TAPs may hand over unfinished: of csum, tso4, tso6, uso.
+    """
+
+    cidrs: tuple[Network, ...] = ()
+    mtu: int = 1450
+    gateway: Address = IPv4Address("169.254.1.1")
+    gateway_mac: int = 0xEEEE_EEEE_EEEE
+    interface_prefix: str = "cali"
+    proxy_arp: bool = True
+    offload: frozenset[str] = frozenset({"csum", "tso4", "tso6", "uso"})
+
+
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """The host's NIC. ``udp`` mode has the VXLAN socket only and needs no privilege for the uplink."""
+
+    interface: str
+    mode: UplinkMode = "af_packet"
+    mtu: int = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Vxlan:
+    """The overlay: which peers are reached through it, and how it looks on the wire."""
+
+    mode: VxlanMode = "Always"
+    vni: int = 4096
+    port: int = 4789
+    interface: str = "vxlan.calico"
+    udp_checksum: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another node.
+
+    Attributes:
+        address: Where its VXLAN datagrams come from and go to.
+        pod_cidrs: The blocks behind it.
+        vtep_mac: The inner destination MAC of what is sent to it.
+    """
+
+    name: str
+    address: Address
+    pod_cidrs: tuple[Network, ...]
+    vtep_mac: int
+
+    @property
+    def tunnel_address(self) -> Address | None:
+        """The address of its VTEP, the first of its first block; None for a peer without pods."""
+        return self.pod_cidrs[0].network_address if self.pod_cidrs else None
+
+
+@dataclass(frozen=True, slots=True)
+class StaticRoute:
+    """A route that the configuration gives; ``via`` is None unless the type is unicast."""
+
+    destination: Network
+    via: Address | None
+    type: RouteType = "unicast"
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredState:
+    """All that the data plane should be.
+
+    Attributes:
+        uplink: None for a node that stands alone.
+        on_link: The uplink's own prefixes. No file says them: the node reads them from the interface and puts them
+            in with ``dataclasses.replace``; CrossSubnet compares peers with them.
+    """
+
+    node: Node
+    pod_network: PodNetwork = PodNetwork()
+    pods: tuple[Pod, ...] = ()
+    uplink: Uplink | None = None
+    vxlan: Vxlan = Vxlan()
+    peers: tuple[Peer, ...] = ()
+    routes: tuple[StaticRoute, ...] = ()
+    on_link: tuple[Network, ...] = ()
+
+    @property
+    def tunnels(self) -> bool:
+        """Whether a VXLAN socket is needed."""
+        return self.uplink is not None and self.vxlan.mode != "Never"
+
+    @property
+    def tunnel_address(self) -> Address | None:
+        """The address of this node's own VTEP; None without a tunnel or without pods."""
+        return self.pod_network.cidrs[0].network_address if self.tunnels and self.pod_network.cidrs else None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How the process runs. ``batch`` is the number of packets per burst."""
+
+    loop: Literal["uvloop", "asyncio"] = "uvloop"
+    batch: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What is logged and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A whole configuration file: the desired state, and what concerns the process only.
+
+    Attributes:
+        path: Where it came from, for reload; None when the built-in example is used.
+        socket: The control API's unix socket.
+        metrics: Where ``/metrics`` listens, (host, port); None when off.
+    """
+
+    state: DesiredState
+    path: Path | None = None
+    engine: Engine = Engine()
+    socket: Path = Path("/run/dataplane/node.sock")
+    metrics: tuple[str, int] | None = None
+    log: Log = Log()
