@@ -22,6 +22,7 @@ VxlanMode: TypeAlias = Literal["Always", "CrossSubnet", "Never"]
 RouteType: TypeAlias = Literal["unicast", "blackhole", "unreachable"]
 
 VXLAN_OVERHEAD = 50  # Ethernet 14 + IPv4 20 + UDP 8 + VXLAN 8
+POD_GATEWAY = IPv4Address("169.254.1.1")  # Calico's: link-local, so no pod or node can have it
 INTERFACE_HASH = 11  # hex digits: with a prefix of four letters the kernel's limit of 15 is just kept
 
 
@@ -108,7 +109,7 @@ class PodNetwork:
 
     cidrs: tuple[Network, ...] = ()
     mtu: int = 1450
-    gateway: Address = IPv4Address("169.254.1.1")
+    gateway: Address = POD_GATEWAY
     gateway_mac: int = 0xEEEE_EEEE_EEEE
     interface_prefix: str = "cali"
     proxy_arp: bool = True
@@ -188,6 +189,11 @@ class DesiredState:
     def tunnels(self) -> bool:
         """Whether a VXLAN socket is needed."""
         return self.uplink is not None and self.vxlan.mode != "Never"
+
+    @property
+    def tunnel_mtu(self) -> int:
+        """The largest IP packet that fits into the tunnel; 0 without an uplink."""
+        return self.uplink.mtu - VXLAN_OVERHEAD if self.uplink else 0
 
     @property
     def tunnel_address(self) -> Address | None:
