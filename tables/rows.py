@@ -1,0 +1,71 @@
+"""A fixed number of records found by (scope, 128-bit address): what the neighbor and the VTEP table have in common."""
+
+from typing import Any
+
+import numpy as np
+
+from dataplane.jit import Array
+from dataplane.tables import index
+from dataplane.tables.address import Address, halves
+from dataplane.tables.hash import make_key
+from dataplane.tables.result import FULL, TableFullError
+
+
+class Rows:
+    """Owns records, the index over them and the free rows.
+
+    A row keeps its number while its entry is in; the arrays never move.
+
+    Attributes:
+        records: ``(capacity,)`` of the table's record.
+        arrays: ``(slots, key, records)``, what the table's kernels take.
+    """
+
+    name = "rows"
+    scope = "scope"  # the column that the address is relative to
+
+    def __init__(self, dtype: Any, capacity: int, seed: int | None) -> None:
+        self.capacity = capacity
+        self.records: Array = np.zeros(capacity, dtype)
+        self._slots = index.make_slots(capacity)
+        self._key = make_key(seed)
+        self._columns = (self.records[self.scope], self.records["hi"], self.records["lo"])
+        self._free = list(range(capacity - 1, -1, -1))
+        self._used: dict[int, None] = {}
+        self.arrays = (self._slots, self._key, self.records)
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def rows(self) -> list[int]:
+        """Return the rows in use, oldest first."""
+        return list(self._used)
+
+    def _find(self, scope: int, address: Address | str) -> int:
+        hi, lo = halves(address)
+        return int(index.find(self._slots, self._key, self._columns, scope, np.uint64(hi), np.uint64(lo)))
+
+    def _insert(self, scope: int, address: Address | str) -> int:
+        """Return the row of an address, a zeroed new one if it is not in."""
+        row = self._find(scope, address)
+        if row >= 0:
+            return row
+        if not self._free:
+            raise TableFullError(self.name, len(self), self.capacity)
+        row = self._free[-1]
+        record = self.records[row]
+        record[self.scope] = scope
+        record["hi"], record["lo"] = halves(address)
+        if index.insert(self._slots, self._key, self._columns, row) == FULL:
+            self.records[row] = np.zeros((), self.records.dtype)
+            raise TableFullError(self.name, len(self), self.capacity)
+        self._free.pop()
+        self._used[row] = None
+        return row
+
+    def _delete(self, row: int) -> None:
+        """Free a row that is in use; its record becomes zeros."""
+        del self._used[row]
+        index.delete(self._slots, self._key, self._columns, row)
+        self.records[row] = np.zeros((), self.records.dtype)
+        self._free.append(row)
