@@ -18,7 +18,8 @@ def test_a_loaded_row_looks_like_a_received_one():
     assert (record["iif"], record["oif"], record["verdict"], record["mtu"]) == (5, 0, 0, 0)
     assert (record["flow"], record["route"], record["vtep"]) == (-1, -1, -1)
     assert (record["vnet_flags"], record["csum_start"], record["csum_offset"], record["gso_size"]) == (1, 34, 6, 0)
-    assert record["slot"] <= record["start"] and record["start"] + record["length"] <= record["slot"] + record["size"]
+    assert record["slot"] <= record["start"]
+    assert record["start"] + record["length"] <= record["slot"] + record["size"]
 
 
 def test_loading_stops_when_rows_or_super_slots_are_used_up():

@@ -1,7 +1,7 @@
 """Frames from Python: what tests and replay put into a batch, and what they read back.
 
-``load`` and ``unload`` move frames between Python bytes and the rows of a batch. ``MemoryDevice`` is the fake beside the
-real devices: two queues of frames, and a fault injector whose choices depend on its seed alone.
+``load`` and ``unload`` move frames between Python bytes and the rows of a batch. ``MemoryDevice`` is the fake beside
+the real devices: two queues of frames, and a fault injector whose choices depend on its seed alone.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def load(batch: Batch, frames: Sequence[bytes], iif: int, vnet: Sequence[Vnet] =
     """Fill the first rows of ``batch`` as if ``frames`` had been received on interface ``iif``.
 
     A frame of up to ``SMALL_SIZE`` bytes takes its row's small slot, a larger one the next super slot; loading stops at
-    the first frame for which there is no row or slot. ``vnet`` gives the virtio headers of the first ``len(vnet)`` frames.
+    the first frame for which there is no row or slot. ``vnet`` gives the virtio headers of the first frames.
 
     Returns:
         The number of rows filled.
