@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_interface
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from dataplane.devices.netlink import Interface, Netlink, NetlinkError
+from dataplane.devices.netlink import Address, Netlink, NetlinkError
 
 DIRECTORY = Path("/run/netns")
 GATEWAY = IPv4Address("169.254.1.1")  # the address that no machine has: every pod's next hop, answered by proxy ARP
@@ -159,12 +159,12 @@ def require_free(handle: NamespaceHandle, interface: str) -> None:
 
 
 def place(
-    handle: NamespaceHandle, interface: str, *, mac: int, addresses: Sequence[Interface], mtu: int,
+    handle: NamespaceHandle, interface: str, *, mac: int, addresses: Sequence[Address], mtu: int,
     gateway: IPv4Address = GATEWAY,
 ) -> int:  # fmt: skip
     """Set up a TAP that was opened in a namespace as a pod's interface, and return its index.
 
-    The pod gets its addresses with their prefixes (/32), the loopback interface up, and two routes: the gateway on the
+    The pod gets its addresses (each a /32 or /128), the loopback interface up, and two routes: the gateway on the
     link, and everything else through the gateway. The loopback interface stays up when the pod goes.
 
     Raises:
@@ -178,7 +178,7 @@ def place(
             netlink.set_link(index, mac=mac, mtu=mtu)
             netlink.set_link(index, up=True)
             for address in addresses:
-                netlink.add_address(index, address)
+                netlink.add_address(index, ip_interface(address))
             netlink.add_route(index, IPv4Network(gateway))
             netlink.add_route(index, EVERYWHERE, gateway)
             return index

@@ -45,6 +45,7 @@ TABLE_MAIN, PROTOCOL_BOOT, UNICAST = 254, 3, 1
 
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 ERROR_TEXT = 1  # NLMSGERR_ATTR_MSG: the kernel's own words about a refusal
+ROUTED_FAMILIES = (bytes([socket.AF_INET]), bytes([socket.AF_INET6]))
 RECEIVE_SIZE = 1 << 16
 GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP: links, IPv4 and IPv6 addresses and routes
 
@@ -186,17 +187,27 @@ def _route(body: bytes, gone: bool) -> RouteEvent:
 
 
 def events(data: bytes) -> list[Event]:
-    """Return the events in one datagram of a monitor, in order; messages of other kinds are left out."""
+    """Return the events in one datagram of a monitor, in order; what is of no interest or no sense is left out."""
     found: list[Event] = []
     for kind, _, _, body in messages(data):
-        if kind in (NEWLINK, DELLINK) and len(body) >= IFINFO.size:
-            found.append(LinkEvent(_link(body), gone=kind == DELLINK))
-        elif kind in (NEWADDR, DELADDR) and len(body) >= IFADDR.size:
-            if (pair := _link_address(body)) is not None:
-                found.append(AddressEvent(*pair, gone=kind == DELADDR))
-        elif kind in (NEWROUTE, DELROUTE) and len(body) >= RTMSG.size and body[0] in (socket.AF_INET, socket.AF_INET6):
-            found.append(_route(body, gone=kind == DELROUTE))
+        try:
+            event = _event(kind, body)
+        except (ValueError, struct.error):
+            continue
+        if event is not None:
+            found.append(event)
     return found
+
+
+def _event(kind: int, body: bytes) -> Event | None:
+    if kind in (NEWLINK, DELLINK):
+        return LinkEvent(_link(body), gone=kind == DELLINK)
+    if kind in (NEWADDR, DELADDR):
+        pair = _link_address(body)
+        return AddressEvent(*pair, gone=kind == DELADDR) if pair is not None else None
+    if kind in (NEWROUTE, DELROUTE) and body[:1] in ROUTED_FAMILIES:  # not the multicast routers'
+        return _route(body, gone=kind == DELROUTE)
+    return None
 
 
 class Netlink:
