@@ -1,12 +1,13 @@
 """A burst of packets: bytes in one arena, one record per packet beside them.
 
-The arena is a flat ``uint8`` array with three regions of slots. A *small* slot holds one MTU-sized frame, a *super* slot
-a frame of up to 64 KiB (TSO/GSO), an *assembly* slot a datagram in reassembly. Every slot begins with ``HEADROOM`` bytes,
-so that the tunnel's headers and the virtio header are written in front of the frame, in place: 3-14 times cheaper than a
-copy. A stride that is a power of two costs 8-20 % (all headers in one cache set), hence the 64 bytes more.
+The arena is a flat ``uint8`` array with three regions of slots. A *small* slot holds one MTU-sized frame, a *super*
+slot a frame of up to 64 KiB (TSO/GSO), an *assembly* slot a datagram in reassembly. Every slot begins with
+``HEADROOM`` bytes, so that the tunnel's headers and the virtio header are written in front of the frame, in place:
+3-14 times cheaper than a copy. A stride that is a power of two costs 8-20 % (all headers in one cache set), hence the
+64 bytes more.
 
-All offsets in a record (``start``, ``l3``, ``l4``) count from the start of the arena. Addresses, ports and MACs are host
-integers; an IPv4 address is ::ffff:a.b.c.d, so ``*_hi`` is 0 and ``*_lo`` is 0xffff_aabb_ccdd.
+All offsets in a record (``start``, ``l3``, ``l4``) count from the start of the arena. Addresses, ports and MACs are
+host integers; an IPv4 address is ::ffff:a.b.c.d, so ``*_hi`` is 0 and ``*_lo`` is 0xffff_aabb_ccdd.
 """
 
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ PACKET = np.dtype(
         "names": [
             "start", "length", "l3", "l4", "src_hi", "src_lo", "dst_hi", "dst_lo",
             "sport", "dport", "protocol", "ttl", "tos", "tcp_flags", "iif", "oif", "verdict", "reason", "flags",
-            "mark", "flow", "route", "vtep", "vnet_flags", "gso_type", "hdr_len", "gso_size", "csum_start", "csum_offset",
-            "ethertype", "slot", "size", "max_fragment", "fragment", "ip_id", "mtu", "next_hi", "next_lo",
+            "mark", "flow", "route", "vtep", "vnet_flags", "gso_type", "hdr_len", "gso_size", "csum_start",
+            "csum_offset", "ethertype", "slot", "size", "max_fragment", "fragment", "ip_id", "mtu", "next_hi", "next_lo",
         ],
         "formats": [
             "i4", "i4", "i4", "i4", "u8", "u8", "u8", "u8",
@@ -111,3 +112,32 @@ class Batch:
 def make_batch() -> Batch:
     """Allocate a batch; pages are touched as they are first used."""
     return Batch(np.zeros(ARENA_SIZE, np.uint8), np.zeros(ROWS, PACKET))
+
+
+# What a stage takes as its third argument: ``tables``, a plain tuple (NamedTuples cost 5 us a call), in this order.
+INTERFACE_TABLE = 0  # (INTERFACES,) of INTERFACE
+COUNTERS = 1  # (COUNTER_COUNT,) uint64: packets by reason, then the totals below
+SETTINGS = 2  # (SETTING_COUNT,) uint64, indexed by Setting below
+ROUTES = 3  # tables.route.RouteTable.arrays
+NEIGHBOURS = 4  # tables.neighbour.NeighbourTable.arrays
+VTEPS = 5  # tables.vtep.VtepTable.arrays
+ASSEMBLY = 6  # stages.defrag: (contexts, bitmap)
+
+RECEIVED = 128  # counters: packets read from devices
+INJECTED_TOTAL = 129  # packets made by the slow path, or given back by a stage that had held them
+ERRORS_LIMITED = 130  # ICMP errors owed but not sent, because of the rate limit
+ERROR_TOKENS = 131  # ICMP errors that may be sent now
+ERROR_REFILLED = 132  # when that was last topped up, ns
+COUNTER_COUNT = 160
+
+NODE_HI = 0  # the node's own address, source of the tunnel's outer packets
+NODE_LO = 1
+GATEWAY_LO = 2  # 169.254.1.1, the low half of its 128 bits
+VTEP_MAC = 3
+VNI = 4
+TUNNEL_PORT = 5
+TUNNEL_PORT_LOW = 6  # outer UDP source ports are taken from [low, high)
+TUNNEL_PORT_HIGH = 7
+TUNNEL_INTERFACE = 8  # interface row of the VXLAN socket
+POD_MTU = 9
+SETTING_COUNT = 32

@@ -1,9 +1,10 @@
 """How a kernel is compiled, and the words it is made of.
 
 A *kernel* is a plain Python function over numpy arrays that numba compiles to machine code. This file holds everything
-that knows numba: the one decorator, the cache directory, and loads and stores of big-endian words. Each word function is
-ordinary Python (that is what runs under ``NUMBA_DISABLE_JIT=1`` and from the slow path); inside a kernel the compiler
-replaces it by one unaligned machine instruction. With ``NUMBA_BOUNDSCHECK=1`` the instruction is preceded by a check.
+that knows numba: the one decorator, the cache directory, and loads and stores of big-endian words. Each word function
+is ordinary Python (that is what runs under ``NUMBA_DISABLE_JIT=1`` and from the slow path); inside a kernel the
+compiler replaces it by one unaligned machine instruction. With ``NUMBA_BOUNDSCHECK=1`` the instruction is preceded by
+a check.
 
 Three modes, one source: compiled (default), interpreted (``NUMBA_DISABLE_JIT=1``: coverage and the debugger see every
 line) and bounds-checked (``NUMBA_BOUNDSCHECK=1``: an access outside an array raises IndexError).

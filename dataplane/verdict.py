@@ -1,9 +1,10 @@
 """What became of a packet, and why.
 
-Verdicts are netfilter's. Every packet ends with one verdict and one reason; the reason names the verdict, the stage that
-gave it and a line for people, so one array of counters, indexed by reason, holds all there is to count:
+Verdicts are netfilter's. Every packet ends with one verdict and one reason; the reason names the verdict, the stage
+that gave it and a line for people, so one array of counters, indexed by reason, holds all there is to count:
 
-    received + injected = accepted + stolen + queued + dropped       (always; a property test and `show counters` check it)
+    received + injected = accepted + stolen + queued + dropped       (always; a property test and `show counters`
+    check it)
 """
 
 from enum import IntEnum
@@ -89,7 +90,12 @@ class Reason(IntEnum):
     OVERLOAD_TX_FULL = 68, Verdict.DROP, "transmit", "the device's queue is full"
     OVERLOAD_RX_RING = 69, Verdict.DROP, "receive", "lost by the kernel before the dataplane could read it"
     OVERLOAD_SLOW_PATH = 70, Verdict.DROP, "slowpath", "too many packets wait for the slow path"
-    LOCAL_NO_LISTENER = 71, Verdict.DROP, "slowpath", "the node itself does not serve this; ICMP port unreachable is owed"
+    LOCAL_NO_LISTENER = (
+        71,
+        Verdict.DROP,
+        "slowpath",
+        "the node itself does not serve this; ICMP port unreachable is owed",
+    )
 
 
 REASONS = 128  # size of every array that is indexed by a reason

@@ -1,0 +1,127 @@
+"""arp: answer for the gateway that does not exist, and for everything else behind the node (proxy ARP).
+
+A pod has a /32 address and one route, via 169.254.1.1, so it asks for that address and for nothing else; the answer
+is the MAC of our end of its link. Decisions follow the kernel's ``arp_process`` with ``proxy_arp=1`` and
+``proxy_delay=0``, except that 169.254.1.1 is answered even when the node has no default route (calico#3270).
+
+The reply is made in place from the request and leaves by the interface it came from: one pass, no delay, no slow path.
+
+On the uplink the host's own stack owns the node's addresses and answers for them; we answer nothing there and only
+learn.
+
+Steals: arp.answered. Queues: arp.learn. Drops: arp.malformed, arp.not-owner, arp.own-ip, arp.probe, l2.spoofed-src,
+ip.spoofed-src.
+"""
+
+from typing import Any
+
+from dataplane.batch import GATEWAY_LO, INTERFACE_TABLE, NEIGHBOURS, ROUTES, SETTINGS, TUNNELED, V4_PREFIX
+from dataplane.codecs import arp as wire
+from dataplane.codecs import ethernet
+from dataplane.jit import kernel
+from dataplane.tables import neighbour, route
+from dataplane.tables.interface import Role
+from dataplane.tables.route import Kind
+from dataplane.verdict import Reason, Verdict
+
+_REQUEST = 1
+_REPLY = 2
+_GROUP = 1 << 40
+
+
+@kernel
+def arp(batch: Any, count: int, tables: Any, now: int) -> None:
+    """Decide about every ARP packet in rows [0, count); other rows are untouched."""
+    data, packets = batch
+    verdict, reason, ethertype = packets["verdict"], packets["reason"], packets["ethertype"]
+    for i in range(count):
+        if ethertype[i] != ethernet.ETHERTYPE_ARP or verdict[i] != Verdict.ACCEPT:
+            continue
+        why = _decide(data, packets, i, tables)
+        reason[i] = why
+        if why == Reason.ARP_ANSWERED:
+            _answer(data, packets, i, tables)
+            verdict[i] = Verdict.STOLEN
+        elif why == Reason.ARP_LEARN:
+            verdict[i] = Verdict.QUEUE
+        else:
+            verdict[i] = Verdict.DROP
+
+
+@kernel
+def _decide(data: Any, packets: Any, i: int, tables: Any) -> int:
+    interfaces = tables[INTERFACE_TABLE]
+    at, iif = int(packets["l3"][i]), int(packets["iif"][i])
+    start = int(packets["start"][i])
+    if not wire.valid(data, at, start + int(packets["length"][i])):
+        return int(Reason.ARP_MALFORMED)
+    target = wire.target_ip(data, at)
+    if target >> 28 == 0xE or target >> 24 == 127 or wire.sender_mac(data, at) & _GROUP:
+        return int(Reason.ARP_MALFORMED)
+    # Nothing is learned from a tunnel: VTEPs are configured (Calico's ``nolearning``).
+    if int(packets["flags"][i]) & TUNNELED:
+        return int(Reason.ARP_NOT_OWNER)
+    if interfaces["role"][iif] == Role.POD:
+        return _from_pod(data, packets, i, tables)
+    return _from_lan(data, at, iif, tables)
+
+
+@kernel
+def _from_pod(data: Any, packets: Any, i: int, tables: Any) -> int:
+    """Return what becomes of an ARP packet from a pod: its addresses are known, everything else is a lie."""
+    at, iif = int(packets["l3"][i]), int(packets["iif"][i])
+    own = int(tables[INTERFACE_TABLE]["peer_mac"][iif])
+    if wire.sender_mac(data, at) != own or ethernet.source(data, packets["start"][i]) != own:
+        return int(Reason.L2_SPOOFED_SRC)
+    routes = tables[ROUTES]
+    table = routes[len(routes) - 1]
+    sender, target = wire.sender_ip(data, at), wire.target_ip(data, at)
+    if sender != 0:
+        back = route.lookup(routes, 0, V4_PREFIX | sender)
+        if back < 0 or table["kind"][back] != Kind.POD or table["oif"][back] != iif:
+            return int(Reason.IP_SPOOFED_SRC)
+    if wire.operation(data, at) != _REQUEST:
+        return int(Reason.ARP_NOT_OWNER)
+    gateway = V4_PREFIX | target == int(tables[SETTINGS][GATEWAY_LO])
+    found = route.lookup(routes, 0, V4_PREFIX | target)
+    kind = int(Kind.NONE) if found < 0 else int(table["kind"][found])
+    if kind == Kind.POD and table["oif"][found] == iif:
+        return int(Reason.ARP_OWN_IP)
+    if sender == 0 and (gateway or kind != Kind.LOCAL):
+        return int(Reason.ARP_PROBE)
+    if gateway or kind in (Kind.POD, Kind.LOCAL, Kind.VIA, Kind.TUNNEL):
+        return int(Reason.ARP_ANSWERED)
+    return int(Reason.ARP_NOT_OWNER)
+
+
+@kernel
+def _from_lan(data: Any, at: int, iif: int, tables: Any) -> int:
+    """Return what becomes of an ARP packet from the uplink: worth learning from, or none of our business.
+
+    As with ``arp_accept=0``: a reply, or a gratuitous request, updates an entry that exists; only a request for an
+    address of the node makes a new one. That also bounds what a chatty LAN can send to the slow path.
+    """
+    sender = wire.sender_ip(data, at)
+    if sender == 0:
+        return int(Reason.ARP_NOT_OWNER)
+    if neighbour.find(tables[NEIGHBOURS], iif, 0, V4_PREFIX | sender) >= 0:
+        return int(Reason.ARP_LEARN)
+    routes = tables[ROUTES]
+    found = route.lookup(routes, 0, V4_PREFIX | wire.target_ip(data, at))
+    if wire.operation(data, at) == _REQUEST and found >= 0 and routes[len(routes) - 1]["kind"][found] == Kind.LOCAL:
+        return int(Reason.ARP_LEARN)
+    return int(Reason.ARP_NOT_OWNER)
+
+
+@kernel
+def _answer(data: Any, packets: Any, i: int, tables: Any) -> None:
+    """Turn the request of row ``i`` into its reply, in place, to leave by where it came from."""
+    start, at, iif = int(packets["start"][i]), int(packets["l3"][i]), int(packets["iif"][i])
+    ours = int(tables[INTERFACE_TABLE]["mac"][iif])
+    asker, asker_ip, wanted = wire.sender_mac(data, at), wire.sender_ip(data, at), wire.target_ip(data, at)
+    ethernet.emit(data, start, asker, ours, ethernet.ETHERTYPE_ARP)
+    wire.emit(data, at, _REPLY, ours, wanted, asker, asker_ip)
+    packets["length"][i] = ethernet.HEADER + wire.HEADER
+    packets["oif"][i] = iif
+    packets["vnet_flags"][i] = 0
+    packets["gso_type"][i] = 0
