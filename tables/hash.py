@@ -9,7 +9,7 @@ a random key that has probability 2**-64 per word, and an attacker cannot test f
 """
 
 import secrets
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from llvmlite import ir
@@ -20,6 +20,11 @@ from dataplane.jit import MASK64, Array, kernel
 
 KEY_WORDS = 4
 
+Word: TypeAlias = "int | np.uint64"
+"""An unsigned 64-bit word: an int of Python's, or numpy's. A kernel's caller outside makes it ``np.uint64``, or an
+address with the top bit set would be a second type and compile the kernel again.
+"""
+
 
 def make_key(seed: int | None = None) -> Array:
     """Return ``(KEY_WORDS,)`` uint64: random, or reproducible from ``seed`` (tests and benches only)."""
@@ -28,18 +33,16 @@ def make_key(seed: int | None = None) -> Array:
     return np.random.default_rng(seed).integers(0, MASK64, KEY_WORDS, np.uint64, endpoint=True)
 
 
-def fold(a: int, b: int) -> int:
+def fold(a: Word, b: Word) -> int:
     """Return the upper XOR the lower half of the 128-bit product of two words, unsigned."""
     product = (int(a) & MASK64) * (int(b) & MASK64)
     return product >> 64 ^ product & MASK64
 
 
-@type_callable(fold)
 def _type_fold(context: Any) -> Any:
     return lambda a, b: types.uint64
 
 
-@lower_builtin(fold, types.Integer, types.Integer)
 def _lower_fold(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     # numba has no 128-bit integers, LLVM has: the product is one machine instruction instead of four multiplications.
     i64, i128 = ir.IntType(64), ir.IntType(128)
@@ -52,15 +55,23 @@ def _lower_fold(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     return builder.xor(high, builder.trunc(product, i64))
 
 
+def _register(type_callable: Any = type_callable, lower_builtin: Any = lower_builtin) -> None:
+    type_callable(fold)(_type_fold)
+    lower_builtin(fold, types.Integer, types.Integer)(_lower_fold)
+
+
+_register()
+
+
 @kernel
-def hash3(a: int, b: int, c: int, key: Any) -> int:
+def hash3(a: Word, b: Word, c: Word, key: Any) -> int:
     """Return 64 bits that depend on three words and ``key``, as ``make_key`` made it."""
     mixed = fold(int(a) ^ int(key[0]), int(b) ^ int(key[1]))
     return fold(mixed ^ int(key[2]), int(c) ^ int(key[3]))
 
 
 @kernel
-def hash5(a: int, b: int, c: int, d: int, e: int, key: Any) -> int:
+def hash5(a: Word, b: Word, c: Word, d: Word, e: Word, key: Any) -> int:
     """Return 64 bits that depend on five words and ``key``: a flow's addresses, ports and protocol."""
     mixed = fold(int(a) ^ int(key[0]), int(b) ^ int(key[1])) ^ fold(int(c) ^ int(key[2]), int(d) ^ int(key[3]))
     return fold(mixed ^ int(key[1]), int(e) ^ int(key[2]))

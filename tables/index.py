@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.jit import Array, kernel
-from dataplane.tables.hash import hash3
+from dataplane.tables.hash import Word, hash3
 from dataplane.tables.result import FULL, MISS
 
 MAX_PROBE = 32
@@ -27,7 +27,7 @@ def make_slots(rows: int) -> Array:
 
 
 @kernel
-def find(slots: Any, key: Any, columns: Any, scope: int, hi: int, lo: int) -> int:
+def find(slots: Any, key: Any, columns: Any, scope: int, hi: Word, lo: Word) -> int:
     """Return the row whose key is ``(scope, hi, lo)``, or ``MISS``.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.jit import Array, kernel
-from dataplane.tables.hash import hash3, make_key
+from dataplane.tables.hash import Word, hash3, make_key
 from dataplane.tables.result import FULL, MISS, TableFullError
 
 ROOT = 65536
@@ -37,7 +37,7 @@ LENGTH = np.dtype([("mask_hi", "u8"), ("mask_lo", "u8"), ("length", "i8")])
 
 
 @kernel
-def lookup4(nodes: Any, lo: int) -> int:
+def lookup4(nodes: Any, lo: Word) -> int:
     """Return the value for the IPv4 address in the low 32 bits of ``lo``, or -1."""
     entry = int(nodes[(lo >> 16) & 0xFFFF])
     if entry < 0:
@@ -48,7 +48,7 @@ def lookup4(nodes: Any, lo: int) -> int:
 
 
 @kernel
-def find_rule(rules: Any, key: Any, hi: int, lo: int, length: int) -> int:
+def find_rule(rules: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
     """Return the slot of a prefix, or ``MISS``; ``hi`` and ``lo`` are uint64."""
     mask = len(rules) - 1
     at = int(hash3(hi, lo, length, key) & 0xFFFF_FFFF) & mask
@@ -62,7 +62,7 @@ def find_rule(rules: Any, key: Any, hi: int, lo: int, length: int) -> int:
 
 
 @kernel
-def lookup6(arrays: Any, hi: int, lo: int) -> int:
+def lookup6(arrays: Any, hi: Word, lo: Word) -> int:
     """Return the value for an IPv6 address, or -1; ``hi`` and ``lo`` are uint64."""
     rules, lengths, key = arrays[1], arrays[2], arrays[3]
     for i in range(len(lengths)):
@@ -76,7 +76,7 @@ def lookup6(arrays: Any, hi: int, lo: int) -> int:
 
 
 @kernel
-def lookup(arrays: Any, hi: int, lo: int) -> int:
+def lookup(arrays: Any, hi: Word, lo: Word) -> int:
     """Return the value of the longest prefix that holds an address, or -1.
 
     Args:
@@ -181,12 +181,12 @@ def _repaint(edit: Any, address: int, length: int, paint: Any) -> None:
 
 
 @kernel
-def _is_v4(hi: int, lo: int, length: int) -> bool:
+def _is_v4(hi: Word, lo: Word, length: int) -> bool:
     return length >= _V4 and hi == 0 and (lo >> 32) == 0xFFFF
 
 
 @kernel
-def _insert(edit: Any, hi: int, lo: int, length: int, value: int) -> int:
+def _insert(edit: Any, hi: Word, lo: Word, length: int, value: int) -> int:
     """Add a prefix or change its value; return 1 if it is new, 0 if it was there, ``FULL`` before any change."""
     rules, key, counters = edit[1], edit[3], edit[6]
     if counters[_FREE] < _CHUNKS_PER_INSERT or 2 * (counters[_RULES] + 1) > len(rules):
@@ -243,7 +243,7 @@ def _cover(edit: Any, address: int, length: int) -> int:
 
 
 @kernel
-def _delete(edit: Any, hi: int, lo: int, length: int) -> int:
+def _delete(edit: Any, hi: Word, lo: Word, length: int) -> int:
     """Take a prefix out; return 1, or 0 if it was not there."""
     nodes, rules, key, counters = edit[0], edit[1], edit[3], edit[6]
     at = find_rule(rules, key, hi, lo, length)
@@ -330,11 +330,10 @@ class Lpm:
         """
         if len(self) >= self.limit and self.get(hi, lo, length) == MISS:
             raise TableFullError("lpm", len(self), self.limit)
-        hi, lo = np.uint64(hi), np.uint64(lo)
-        new = _insert(self._edit, hi, lo, length, value)
+        new = _insert(self._edit, np.uint64(hi), np.uint64(lo), length, value)
         if new == FULL:
             self._grow(1)
-            new = _insert(self._edit, hi, lo, length, value)
+            new = _insert(self._edit, np.uint64(hi), np.uint64(lo), length, value)
         if new and self._counters[length] == 1:
             self._list_lengths()
 

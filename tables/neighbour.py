@@ -12,6 +12,7 @@ import numpy as np
 from dataplane.jit import kernel
 from dataplane.tables import index
 from dataplane.tables.address import Address, to_address
+from dataplane.tables.hash import Word
 from dataplane.tables.rows import Rows
 
 
@@ -42,7 +43,7 @@ NEIGHBOUR = np.dtype(
 
 
 @kernel
-def find(arrays: Any, interface: int, hi: int, lo: int) -> int:
+def find(arrays: Any, interface: int, hi: Word, lo: Word) -> int:
     """Return the row of a neighbor, or -1.
 
     Args:

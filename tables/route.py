@@ -14,6 +14,7 @@ import numpy as np
 from dataplane.jit import Array, kernel
 from dataplane.tables import lpm
 from dataplane.tables.address import Address, Network, halves, prefix_halves, to_address
+from dataplane.tables.hash import Word
 from dataplane.tables.lpm import Lpm
 
 
@@ -54,7 +55,7 @@ class Route:
 
 
 @kernel
-def lookup(arrays: Any, hi: int, lo: int) -> int:
+def lookup(arrays: Any, hi: Word, lo: Word) -> int:
     """Return the row of the route to an address, or -1.
 
     Args:

@@ -12,6 +12,7 @@ import numpy as np
 from dataplane.jit import kernel
 from dataplane.tables import index
 from dataplane.tables.address import Address, to_address
+from dataplane.tables.hash import Word
 from dataplane.tables.rows import Rows
 
 VTEP = np.dtype(
@@ -31,7 +32,7 @@ the path, and counters of inner packets. ``scope`` is always 0.
 
 
 @kernel
-def find(arrays: Any, hi: int, lo: int) -> int:
+def find(arrays: Any, hi: Word, lo: Word) -> int:
     """Return the row of the node with this outer address, or -1.
 
     Args:

@@ -1,0 +1,207 @@
+"""Measures our code beside its references, in the same process and the same minute.
+
+A bench is a module in this folder with a docstring (its first line is what ``python -m bench list`` prints) and one
+generator::
+
+    def cases(quick: bool) -> Iterator[Case]:
+        table = ...                                   # set up; freed when the generator ends
+        twin = compile_c(SOURCE, "lpm")               # gcc -O3 -march=native, cached outside the tree
+        for batch in BATCHES:
+            yield Case(
+                group="lpm 1k routes", batch=batch, what="longest prefix match, 64 k random addresses",
+                operations=65536,                     # what one call of each callable does
+                ours=partial(drive, table.arrays, addresses, out, batch),
+                references={"C": bind(twin.drive, nodes, addresses, out, batch), "dict": ...},
+                marks={"C": 1.15},                    # ratio ours / reference that must not be exceeded
+            )
+
+Every round calls ours, then each reference, in turn (A B A B): a neighbor's noise hits all of them. The ratio is the
+median of the rounds' ratios, not the ratio of medians. The first call of each callable is not counted.
+
+A case may also measure itself: with another ``unit`` ("Gbit/s", "kpps") each callable returns its figure, more is
+better, and a mark is a ratio that must be reached. Bind loop variables with ``functools.partial``, not in a lambda.
+"""
+
+import ctypes
+import hashlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dataplane.jit import cache_home
+
+BATCHES = (1, 16, 64, 256)
+NS = "ns"  # the unit of a timed case: nanoseconds per operation, less is better
+OURS = "ours"
+_ROUND_NS = 2_000_000  # a round's share of each callable: long against the clock, short against a time slice
+_ROUNDS = 41
+_QUICK_ROUNDS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        group: What cases of different batch sizes have in common; one plot each.
+        what: What one operation is, on what data.
+        operations: Operations that one call of each callable does.
+        ours: Our callable.
+        references: Name to callable; each does the same work on the same data.
+        batch: Packets per burst.
+        marks: Reference to the ratio that the project has promised.
+        unit: ``NS``, or the unit of what the callables return.
+        rounds: How often; 0 is the default.
+    """
+
+    group: str
+    what: str
+    operations: int
+    ours: Callable[[], object]
+    references: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    batch: int = 1
+    marks: Mapping[str, float] = field(default_factory=dict)
+    unit: str = NS
+    rounds: int = 0
+
+    @property
+    def name(self) -> str:
+        """The group and the batch size."""
+        return f"{self.group} x{self.batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What one callable came to: median and the 10th and 90th percentile of the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A measured case. ``figures`` has ``OURS`` and each reference; ``ratios`` is ours / reference."""
+
+    case: Case
+    figures: dict[str, Figure]
+    ratios: dict[str, Figure]
+
+    def holds(self, reference: str) -> bool | None:
+        """Return whether the mark against ``reference`` is kept; None if there is none."""
+        mark = self.case.marks.get(reference)
+        if mark is None:
+            return None
+        ratio = self.ratios[reference].median
+        return ratio <= mark if self.case.unit == NS else ratio >= mark
+
+    @property
+    def mpps(self) -> float | None:
+        """Million operations per second and core, for a timed case."""
+        return 1e3 / self.figures[OURS].median if self.case.unit == NS else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "group": self.case.group,
+            "batch": self.case.batch,
+            "what": self.case.what,
+            "unit": self.case.unit,
+            "figures": {name: _plain(figure) for name, figure in self.figures.items()},
+            "ratios": {name: _plain(figure) for name, figure in self.ratios.items()},
+            "mpps_per_core": self.mpps,
+            "marks": {name: {"mark": mark, "holds": self.holds(name)} for name, mark in self.case.marks.items()},
+        }
+
+
+def measure(case: Case, quick: bool = False) -> Result:
+    """Run a case: warm up, calibrate, then rounds of ours and each reference in turn."""
+    callables = {OURS: case.ours, **case.references}
+    if case.unit == NS:
+        calls = {name: _calls_per_round(call) for name, call in callables.items()}
+        sample = {name: _timer(call, calls[name], case.operations) for name, call in callables.items()}
+    else:
+        sample = {name: _returned(call) for name, call in callables.items()}
+    samples: dict[str, list[float]] = {name: [] for name in callables}
+    for _ in range(case.rounds or (_QUICK_ROUNDS if quick else _ROUNDS)):
+        for name, take in sample.items():
+            samples[name].append(take())
+    ratios = {
+        name: _figure([a / b for a, b in zip(samples[OURS], samples[name], strict=True)]) for name in case.references
+    }
+    return Result(case, {name: _figure(values) for name, values in samples.items()}, ratios)
+
+
+def _calls_per_round(call: Callable[[], object]) -> int:
+    call()  # compiles, faults pages in, fills caches
+    begin = time.perf_counter_ns()
+    call()
+    return max(1, _ROUND_NS // max(1, time.perf_counter_ns() - begin))
+
+
+def _timer(call: Callable[[], object], calls: int, operations: int) -> Callable[[], float]:
+    def take() -> float:
+        begin = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter_ns() - begin) / (calls * operations)
+
+    return take
+
+
+def _returned(call: Callable[[], object]) -> Callable[[], float]:
+    def take() -> float:
+        value = call()
+        assert isinstance(value, int | float), "a case with its own unit must return its figure"
+        return float(value)
+
+    return take
+
+
+def _figure(values: list[float]) -> Figure:
+    low, high = np.percentile(values, [10, 90])
+    return Figure(statistics.median(values), float(low), float(high))
+
+
+def _plain(figure: Figure) -> dict[str, float]:
+    return {"median": figure.median, "p10": figure.low, "p90": figure.high}
+
+
+# --- C twins ---------------------------------------------------------------------------------------------------------
+
+
+def compile_c(source: str, name: str) -> ctypes.CDLL:
+    """Compile C for this machine (numba does that too) and load it; the library is kept beside the kernels' cache."""
+    command = ["gcc", "-O3", "-march=native", "-shared", "-fPIC", "-Wall", "-x", "c", "-"]
+    folder = cache_home().parent / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256((" ".join(command) + source).encode()).hexdigest()[:16]
+    library = folder / f"{name}-{digest}.so"
+    if not library.exists():
+        part = library.with_suffix(".part")
+        subprocess.run([*command, "-o", str(part)], input=source.encode(), check=True)
+        part.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+def bind(function: Any, *arguments: Any) -> Callable[[], object]:
+    """Return a call of a C function: arrays go as pointers, ints as int64; the arrays are kept alive."""
+    words = [
+        ctypes.c_void_p(value.ctypes.data) if isinstance(value, np.ndarray) else ctypes.c_int64(value)
+        for value in arguments
+    ]
+
+    def call(_alive: tuple[Any, ...] = arguments) -> object:
+        return function(*words)
+
+    return call
+
+
+def batches(quick: bool) -> Iterator[int]:
+    """Yield the batch sizes to measure."""
+    yield from (BATCHES[0], BATCHES[-1]) if quick else BATCHES
