@@ -56,7 +56,8 @@ PACKET = np.dtype(
             "start", "length", "l3", "l4", "src_hi", "src_lo", "dst_hi", "dst_lo",
             "sport", "dport", "protocol", "ttl", "tos", "tcp_flags", "iif", "oif", "verdict", "reason", "flags",
             "mark", "flow", "route", "vtep", "vnet_flags", "gso_type", "hdr_len", "gso_size", "csum_start",
-            "csum_offset", "ethertype", "slot", "size", "max_fragment", "fragment", "ip_id", "mtu", "next_hi", "next_lo",
+            "csum_offset", "ethertype", "slot", "size", "max_fragment", "fragment", "ip_id", "mtu", "next_hi",
+            "next_lo",
         ],
         "formats": [
             "i4", "i4", "i4", "i4", "u8", "u8", "u8", "u8",

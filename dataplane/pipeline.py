@@ -8,7 +8,10 @@ outgrow the L2 cache. A call from Python costs about 1 us, so a burst is one cal
 
 from typing import Any
 
+import numpy as np
+
 from dataplane.batch import (
+    COUNTER_COUNT,
     COUNTERS,
     ERROR_REFILLED,
     ERROR_TOKENS,
@@ -18,23 +21,63 @@ from dataplane.batch import (
     INTERFACE_TABLE,
     OWES_ERROR,
     RECEIVED,
+    SETTING_COUNT,
 )
 from dataplane.devices.receive import receive
 from dataplane.devices.transmit import transmit
-from dataplane.jit import kernel
+from dataplane.jit import Array, kernel
 from dataplane.stages.arp import arp
-from dataplane.stages.defrag import defrag, reclaim
+from dataplane.stages.defrag import defrag, make_assembly, reclaim
 from dataplane.stages.guard import guard
 from dataplane.stages.parse import parse
 from dataplane.stages.route import route
 from dataplane.stages.vxlan import decapsulate, encapsulate
+from dataplane.tables.interface import INTERFACE, INTERFACES
+from dataplane.tables.neighbour import NeighbourTable
+from dataplane.tables.route import RouteTable
+from dataplane.tables.vtep import VtepTable
 from dataplane.verdict import Reason, Verdict
-
-STAGES = (parse, decapsulate, arp, guard, defrag, route, encapsulate)
-"""Every stage has the signature ``stage(batch, count, tables, now)``."""
 
 ERRORS_PER_SECOND = 1000  # net.ipv4.icmp_msgs_per_sec
 ERROR_BURST = 50  # net.ipv4.icmp_msgs_burst
+
+
+class Tables:
+    """Owns every table that the stages read; the node edits them between bursts.
+
+    Attributes:
+        interfaces: ``(INTERFACES,)`` of ``INTERFACE``; row 0 is the node itself.
+        counters: ``(COUNTER_COUNT,)`` uint64.
+        settings: ``(SETTING_COUNT,)`` uint64, indexed by the names in ``batch``.
+        assembly: what ``defrag`` holds.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.interfaces: Array = np.zeros(INTERFACES, INTERFACE)
+        self.counters: Array = np.zeros(COUNTER_COUNT, np.uint64)
+        self.settings: Array = np.zeros(SETTING_COUNT, np.uint64)
+        self.routes = RouteTable(seed=seed)
+        self.neighbours = NeighbourTable(seed=seed)
+        self.vteps = VtepTable(seed=seed)
+        self.assembly = make_assembly()
+        self.counters[ERROR_TOKENS] = ERROR_BURST
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What a stage takes as ``tables``; to be read again after an edit, which may have moved an array."""
+        return (
+            self.interfaces,
+            self.counters,
+            self.settings,
+            self.routes.arrays,
+            self.neighbours.arrays,
+            self.vteps.arrays,
+            self.assembly,
+        )
+
+
+STAGES = (parse, decapsulate, arp, guard, defrag, route, encapsulate)
+"""Every stage has the signature ``stage(batch, count, tables, now)``."""
 
 
 @kernel

@@ -139,7 +139,7 @@ class Resolver:
         if changed:
             entry["updated_ns"] = now
         entry["mac"] = mac
-        return self._release(row, mac)
+        return self._release(row)
 
     def tick(self, now: int) -> list[Outgoing]:
         """Let time pass; return the questions that are due. Call it about once a second."""
@@ -195,16 +195,10 @@ class Resolver:
         entry = self.table.records[row]
         entry["state"], entry["probes"], entry["updated_ns"] = state, 0, now
 
-    def _release(self, row: int, mac: int) -> list[Outgoing]:
-        waiting = self._waiting.pop(row, None)
-        if waiting is None:
-            return []
-        interface = int(self.table.records[row]["interface"])
-        ours, _ = self._station(interface)
-        return [
-            Outgoing(mac.to_bytes(6) + ours.to_bytes(6) + packet.frame[12:], interface, packet.vnet)
-            for packet in waiting.frames
-        ]
+    def _release(self, row: int) -> list[Outgoing]:
+        """Return the packets that waited, to be routed again: by now the route may be another."""
+        waiting = self._waiting.pop(row, _Waiting())
+        return [Outgoing(packet.frame, 0, packet.vnet) for packet in waiting.frames]
 
     def _fail(self, row: int, now: int) -> None:
         self._set(row, State.FAILED, now)

@@ -135,7 +135,7 @@ class SlowPath:
     def _deliver(self, batch: Batch, row: int, now: int) -> Iterator[Outgoing]:
         """Answer an echo request; anything else finds nobody at home."""
         if int(batch.packets["flags"][row]) & IPV6:
-            self._drop(Reason.LOCAL_NO_LISTENER)
+            self.drop(Reason.LOCAL_NO_LISTENER)
             return
         quoted = _ip_bytes(batch, row)
         data = np.frombuffer(bytes(ethernet.HEADER) + quoted, np.uint8).copy()
@@ -146,7 +146,7 @@ class SlowPath:
             self.answered["answered"] += 1
             yield Outgoing(_echo_reply(data, ip, at))
             return
-        self._drop(Reason.LOCAL_NO_LISTENER)
+        self.drop(Reason.LOCAL_NO_LISTENER)
         if not ours:
             yield from self._error(quoted, Reason.LOCAL_NO_LISTENER, 0, now)
 
@@ -176,13 +176,13 @@ class SlowPath:
 
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
-    def _drop(self, reason: Reason) -> None:
+    def drop(self, reason: Reason) -> None:
         """Count a packet that was queued before and is dropped now: it comes back, and is dropped, so sums balance."""
         self._counters[INJECTED_TOTAL] += 1
         self._counters[reason] += 1
 
     def _drop_held(self, packet: Outgoing, reason: Reason) -> None:
-        self._drop(reason)
+        self.drop(reason)
         if reason in ERRORS:
             self._late.extend(self._error(packet.frame[ethernet.HEADER :], reason, 0, self._now))
 

@@ -1,10 +1,10 @@
 """What became of a packet, and why.
 
 Verdicts are netfilter's. Every packet ends with one verdict and one reason; the reason names the verdict, the stage
-that gave it and a line for people, so one array of counters, indexed by reason, holds all there is to count:
+that gave it and a line for people, so one array of counters, indexed by reason, holds all there is to count. Always, as
+a property test and `show counters` check:
 
-    received + injected = accepted + stolen + queued + dropped       (always; a property test and `show counters`
-    check it)
+    received + injected = accepted + stolen + queued + dropped
 """
 
 from enum import IntEnum
@@ -20,13 +20,14 @@ class Verdict(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a packet has its verdict. The label (``ip.bad-hdr``) is the member's name in lower case, first ``_`` a dot."""
+    """Why a packet has its verdict. ``IP_BAD_HDR`` is labelled ``ip.bad-hdr`` for people and metrics."""
 
     verdict: Verdict
     stage: str
     text: str
 
     def __new__(cls, value: int, verdict: Verdict, stage: str, text: str) -> "Reason":
+        """Make a member that carries what is known about it."""
         member = int.__new__(cls, value)
         member._value_ = value
         member.verdict, member.stage, member.text = verdict, stage, text
@@ -94,7 +95,7 @@ class Reason(IntEnum):
         71,
         Verdict.DROP,
         "slowpath",
-        "the node itself does not serve this; ICMP port unreachable is owed",
+        "nothing on the node listens there; ICMP port unreachable is owed",
     )
 
 

@@ -62,12 +62,12 @@ CONTEXT = np.dtype(
         "itemsize": 64,
     }
 )  # fmt: skip
-"""``total`` is the payload's length, -1 until the last fragment has come; ``received`` counts payload bytes; ``ecn`` has a
-bit for each ECN codepoint seen; ``largest`` is the largest fragment's IP length, ``largest_df`` of those with DF."""
+"""``total`` is the payload length, -1 until the last fragment has come; ``received`` counts its bytes; ``ecn`` has
+a bit for each ECN codepoint seen; ``largest`` is the largest fragment's IP length, ``largest_df`` of those with DF."""
 
 
 def make_assembly() -> tuple[Array, Array]:
-    """Return the stage's table: ``(ASSEMBLIES,)`` of ``CONTEXT``, ``(ASSEMBLIES * WORDS,)`` uint64 of received units."""
+    """Return the stage's table: ``(ASSEMBLIES,)`` of ``CONTEXT``, ``(ASSEMBLIES * WORDS,)`` uint64 of what has come."""
     return np.zeros(ASSEMBLIES, CONTEXT), np.zeros(ASSEMBLIES * WORDS, np.uint64)
 
 
