@@ -1,0 +1,304 @@
+"""Read ``node.toml``: all of it or nothing, and everything that is wrong with it at once.
+
+Text becomes TOML values (``tomllib``), then models (``config_model``: the shape), these are checked (``config_checks``:
+the sense, and what is refused for now) and become ``Settings`` (``control/state``). What has a wrong shape is taken out
+before the checks, so that one mistyped value does not hide the errors of the others. Every error is one line:
+``file:line: key: what was expected (got ...)``.
+"""
+
+import copy
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import PlainValidator, ValidationError
+from pydantic.fields import FieldInfo
+
+from dataplane.config_checks import Problem, check, path_text
+from dataplane.config_lines import KeyPath, find_lines, line_of
+from dataplane.config_model import File, Section, key_name, validate
+from dataplane.config_types import Expect
+from dataplane.control import state as desired
+
+DEFAULT = Path(__file__).with_name("node.toml")
+_PASSES = 8  # a value, then the table that needs it, then the table around that: nothing is nested deeper
+_KINDS = {
+    "bool_type": "true or false",
+    "int_type": "a number",
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+
+
+class ConfigError(Exception):
+    """A file that cannot be used.
+
+    Attributes:
+        errors: One line each, ``file:line: key: text``, in the order of the file.
+    """
+
+    def __init__(self, errors: tuple[str, ...]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
+
+
+def load(path: Path | None = None) -> desired.Settings:
+    """Read and check a configuration; None is the built-in example.
+
+    Raises:
+        ConfigError: With every problem of the file.
+        PermissionError: The file may not be read.
+    """
+    return parse(_read(path or DEFAULT), path or DEFAULT, path)
+
+
+def parse(source: str, name: Path | str, path: Path | None = None) -> desired.Settings:
+    """Check a configuration that is already text; ``name`` stands before the errors."""
+    try:
+        values = tomllib.loads(source)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError((_syntax_error(name, source, str(error)),)) from None
+    pruned = _Pruned(copy.deepcopy(values))
+    file = pruned.validate()
+    problems = list(pruned.problems)
+    if file is not None:
+        problems += [pruned.restored(problem) for problem in check(file, pruned.values) if pruned.is_news(problem)]
+    if problems or file is None:
+        raise ConfigError(_format(name, problems, find_lines(source)))
+    return _settings(file, path)
+
+
+def _settings(file: File, path: Path | None) -> desired.Settings:
+    assert file.log.format != "journal"  # refused by the checks, as all that has no counterpart in the settings
+    return desired.Settings(
+        state=_state(file),
+        path=path,
+        engine=desired.Engine(file.engine.loop, file.engine.batch),
+        socket=Path(file.api.socket or f"/run/dataplane/{file.node.name}.sock"),
+        metrics=file.metrics.listen,
+        log=desired.Log(file.log.level, file.log.format),
+    )
+
+
+def _state(file: File) -> desired.DesiredState:
+    uplink = None
+    if file.uplink.mode in ("af_packet", "udp"):
+        uplink = desired.Uplink(file.uplink.interface, file.uplink.mode, file.uplink.mtu)
+    vxlan = file.vxlan
+    overhead = desired.VXLAN_OVERHEAD if uplink and vxlan.mode != "Never" else 0
+    mtu = file.pods.mtu or file.uplink.mtu - overhead
+    return desired.DesiredState(
+        node=desired.Node(file.node.name, file.node.zone, tuple(file.node.addresses), file.node.netns),
+        pod_network=desired.PodNetwork(
+            cidrs=tuple(file.pods.cidr),
+            mtu=mtu,
+            gateway=file.pods.gateway or desired.POD_GATEWAY,
+            gateway_mac=file.pods.gateway_mac,
+            interface_prefix=file.pods.interface_prefix,
+            proxy_arp=file.pods.proxy_arp,
+            offload=frozenset(file.pods.offload),
+        ),
+        pods=tuple(
+            desired.Pod(
+                name=pod.name,
+                namespace=pod.namespace,
+                netns=pod.netns or pod.name,
+                addresses=tuple(pod.ip),
+                mac=pod.mac or desired.pod_mac(pod.namespace, pod.name),
+                mtu=mtu,
+                interface=desired.host_interface(file.pods.interface_prefix, pod.namespace, pod.name),
+                labels=tuple(sorted(pod.labels.items())),
+            )
+            for pod in file.pods.static
+        ),
+        uplink=uplink,
+        vxlan=desired.Vxlan(vxlan.mode, vxlan.vni, vxlan.port, vxlan.interface, vxlan.udp_checksum),
+        peers=tuple(
+            desired.Peer(peer.name, peer.address, tuple(peer.pod_cidr), peer.vtep_mac or desired.vtep_mac(peer.name))
+            for peer in file.peers
+        ),
+        routes=tuple(desired.StaticRoute(route.dst, route.via, route.type) for route in file.routes),
+    )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError((f"{path}: no such file",)) from None
+    except IsADirectoryError:
+        raise ConfigError((f"{path}: is a directory; expected a TOML file",)) from None
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ConfigError((f"{path}: {(error.strerror or str(error)).lower()}",)) from None
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError((f"{path}:{line}: expected UTF-8 (got byte 0x{raw[error.start]:02x})",)) from None
+
+
+def _syntax_error(name: Path | str, source: str, message: str) -> str:
+    """Move tomllib's "(at line 3, column 5)" to where an editor looks for it."""
+    match = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
+    line = match[1] if match and match[1] else str(source.rstrip().count("\n") + 1)
+    text = message[: match.start()] if match else message
+    return f"{name}:{line}: not TOML: {text[:1].lower()}{text[1:]}"
+
+
+# --- errors of shape -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pruned:
+    """Values from which whatever has a wrong shape is taken out, and what was found wrong on the way.
+
+    Attributes:
+        broken: The keys that were taken out, without indexes. An unknown key counts as the one that it was probably
+            meant to be, else as its whole table.
+        indexes: For each array that lost elements, where the remaining ones stood.
+    """
+
+    values: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.broken: set[str] = set()
+        self.indexes: dict[KeyPath, list[int]] = {}
+
+    def validate(self) -> File | None:
+        """Return the models of what is right; None if nothing can be saved."""
+        for _ in range(_PASSES):
+            try:
+                return validate(self.values)
+            except ValidationError as failed:
+                errors = failed.errors(include_url=False)
+            if not self.problems:  # later passes only miss what this one takes out
+                self.problems = [Problem(error["loc"], _explain(error)) for error in errors]
+            offenders = {_offender(error["loc"], error["type"]): error["type"] for error in errors}
+            for path in sorted(offenders, key=_order, reverse=True):
+                meant = _meant(path) if offenders[path] == "extra_forbidden" else path
+                self.broken.add(".".join(part for part in meant if isinstance(part, str)))
+                self._take_out(path)
+        return None
+
+    def is_news(self, problem: Problem) -> bool:
+        """Whether all keys that a problem stands on were right."""
+        return not any(
+            key == broken or key.startswith(f"{broken}.") or broken.startswith(f"{key}.")
+            for key in problem.uses
+            for broken in self.broken
+        )
+
+    def restored(self, problem: Problem) -> Problem:
+        """Return the problem with the indexes that its path has in the file."""
+        return Problem(self._original(problem.path), problem.text)
+
+    def _original(self, path: KeyPath) -> KeyPath:
+        parts = list(path)
+        for at, part in enumerate(path):
+            if isinstance(part, int) and path[:at] in self.indexes:
+                parts[at] = self.indexes[path[:at]][part]
+        return tuple(parts)
+
+    def _take_out(self, path: KeyPath) -> None:
+        holder: Any = self.values
+        for part in path[:-1]:
+            holder = holder[part]
+        if isinstance(holder, list):
+            where = self.indexes.setdefault(path[:-1], list(range(len(holder))))
+            del where[int(path[-1])]
+        del holder[path[-1]]
+
+
+def _offender(path: KeyPath, kind: str) -> KeyPath:
+    """What to take out: the value itself, or the table that lacks a key."""
+    return path[:-1] if kind == "missing" else path
+
+
+def _order(path: KeyPath) -> tuple[tuple[str, int], ...]:
+    return tuple((part, -1) if isinstance(part, str) else ("", part) for part in path)
+
+
+def _explain(error: Any) -> str:
+    path, kind = error["loc"], error["type"]
+    if kind == "missing":
+        return f"missing; expected {_expected(path)}"
+    if kind == "extra_forbidden":
+        return _unknown_key(path)
+    if kind == "expected":
+        return f"expected {error['ctx']['expected']} (got {_quote(error['input'])})"
+    expected = error["ctx"]["expected"].replace("'", '"') if kind == "literal_error" else _KINDS.get(kind, error["msg"])
+    return f"expected {expected} (got {_quote(error['input'])})"
+
+
+def _unknown_key(path: KeyPath) -> str:
+    meant = _meant(path)
+    if len(meant) == len(path):
+        return f'unknown key; did you mean "{meant[-1]}"?'
+    return f"unknown key; known are {', '.join(str(key) for key in _fields(_section_at(path[:-1])))}"
+
+
+def _meant(path: KeyPath) -> KeyPath:
+    """Return the path of the known key that is nearest to an unknown one; if none is near, that of the table."""
+    folded = {str(key).lower(): key for key in _fields(_section_at(path[:-1]))}
+    near = difflib.get_close_matches(str(path[-1]).lower(), folded, n=1)
+    return (*path[:-1], folded[near[0]]) if near else path[:-1]
+
+
+def _expected(path: KeyPath) -> str:
+    """Say what a missing key should hold."""
+    field = _fields(_section_at(path[:-1]))[path[-1]]
+    items = (part for argument in get_args(field.annotation) for part in getattr(argument, "__metadata__", ()))
+    for note in field.metadata:
+        if isinstance(note, PlainValidator) and isinstance(note.func, Expect):
+            return note.func.expected
+    for note in items:
+        if isinstance(note, PlainValidator) and isinstance(note.func, Expect):
+            return f"a list, each {note.func.expected}"
+    raise AssertionError(path)
+
+
+def _fields(section: type[Section]) -> dict[str | int, FieldInfo]:
+    return {key_name(name): field for name, field in section.model_fields.items()}
+
+
+def _section_at(path: KeyPath) -> type[Section]:
+    section: type[Section] = File
+    for part in path:
+        if isinstance(part, str):
+            section = next(_sections(_fields(section)[part].annotation))
+    return section
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _quote(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _format(name: Path | str, problems: list[Problem], lines: dict[KeyPath, int]) -> tuple[str, ...]:
+    placed = [(line_of(lines, problem.path), problem) for problem in problems]
+    placed.sort(key=lambda pair: pair[0])
+    return tuple(dict.fromkeys(f"{name}:{line}: {path_text(problem.path)}: {problem.text}" for line, problem in placed))
