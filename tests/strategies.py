@@ -5,39 +5,48 @@ code with them. Every strategy yields ``bytes`` with right checksums unless it s
 """
 
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import numpy as np
 from hypothesis import strategies as st
 
+from dataplane.jit import Array
+
 DIRT = 0xA5
+
+Draw: TypeAlias = st.DrawFn
+Bytes: TypeAlias = st.SearchStrategy[bytes]
+Ints: TypeAlias = st.SearchStrategy[int]
 
 # --- placing ---------------------------------------------------------------------------------------------------------
 
 
-def dirty(length):
+def dirty(length: int) -> Array:
     """A buffer whose every byte must be overwritten."""
     return np.full(length, DIRT, np.uint8)
 
 
-def place(packet, at=0):
+def place(packet: Sequence[int], at: int = 0) -> Array:
     """Put a packet at offset ``at``, at the very end of its array, so that a read behind it is a read outside."""
     data = dirty(at + len(packet))
     data[at:] = np.frombuffer(bytes(packet), np.uint8)
     return data
 
 
-def taken(data, at=0, end=None):
+def taken(data: Array, at: int = 0, end: int | None = None) -> bytes:
     """The bytes in ``data[at:end]``."""
     return bytes(data[at:end].tobytes())
 
 
-def halves(address):
+def halves(address: int) -> tuple[int, int]:
     """A 128-bit address as two unsigned words, as kernels take it from Python."""
-    return np.uint64(address >> 64), np.uint64(address & 0xFFFF_FFFF_FFFF_FFFF)
+    high, low = np.uint64(address >> 64), np.uint64(address & 0xFFFF_FFFF_FFFF_FFFF)
+    return cast(int, high), cast(int, low)
 
 
-def mapped(address):
+def mapped(address: int) -> int:
     """An IPv4 address as ::ffff:a.b.c.d."""
     return 0xFFFF_0000_0000 | address
 
@@ -45,7 +54,7 @@ def mapped(address):
 # --- oracles ---------------------------------------------------------------------------------------------------------
 
 
-def naive_sum(data, total=0):
+def naive_sum(data: Sequence[int], total: int = 0) -> int:
     """RFC 1071, as its text has it: one 16-bit word after the other, each carry at once. 0 and 0xffff both occur."""
     data = bytes(data) + bytes(len(data) % 2)
     for i in range(0, len(data), 2):
@@ -54,20 +63,20 @@ def naive_sum(data, total=0):
     return total
 
 
-def naive_checksum(data):
+def naive_checksum(data: Sequence[int]) -> int:
     return naive_sum(data) ^ 0xFFFF
 
 
-def pseudo_bytes(source, destination, protocol, length):
+def pseudo_bytes(source: int, destination: int, protocol: int, length: int) -> bytes:
     """The pseudo header: 12 bytes when both addresses are below 2**32, else 40."""
     if source < 2**32 and destination < 2**32:
         return struct.pack("!IIBBH", source, destination, 0, protocol, length)
     return source.to_bytes(16, "big") + destination.to_bytes(16, "big") + struct.pack("!II", length, protocol)
 
 
-def with_checksum(segment, offset, pseudo=b"", udp=False):
+def with_checksum(segment: bytes, offset: int, pseudo: bytes = b"", udp: bool = False) -> bytes:
     """Fill in the checksum at ``offset`` of a segment that has zeros there."""
-    value = naive_checksum(pseudo + bytes(segment))
+    value = naive_checksum(pseudo + segment)
     if udp and value == 0:
         value = 0xFFFF
     return segment[:offset] + struct.pack("!H", value) + segment[offset + 2 :]
@@ -85,7 +94,7 @@ garbage = st.binary(max_size=120)
 
 
 @st.composite
-def ipv4_addresses(draw):
+def ipv4_addresses(draw: Draw) -> int:
     """32-bit ints: pods, services, outside (RFC 5737), now and then anything."""
     low = draw(st.integers(0, 0xFFFF))
     return draw(
@@ -94,7 +103,7 @@ def ipv4_addresses(draw):
 
 
 @st.composite
-def ipv6_addresses(draw):
+def ipv6_addresses(draw: Draw) -> int:
     """128-bit ints: documentation, link-local, unique local, now and then anything. Never below 2**32."""
     low = draw(st.integers(0, 2**64 - 1))
     prefix = draw(st.sampled_from([0x2001_0DB8 << 32, 0xFE80 << 48, 0xFD00 << 48, draw(st.integers(1, 2**64 - 1))]))
@@ -106,12 +115,12 @@ macs = st.integers(0, 2**48 - 1)
 # --- IPv4 ------------------------------------------------------------------------------------------------------------
 
 
-def _padded(options, fill=0):
-    return options + bytes([fill]) * (-len(options) % 4)
+def _padded(options: bytes) -> bytes:
+    return options + bytes(-len(options) % 4)
 
 
 @st.composite
-def ipv4_options(draw):
+def ipv4_options(draw: Draw) -> bytes:
     """At most 40 bytes of whole options, padded with End of Option List."""
     options = b""
     for _ in range(draw(st.integers(0, 4))):
@@ -125,7 +134,18 @@ def ipv4_options(draw):
     return _padded(options)
 
 
-def make_ipv4(source, destination, protocol, payload, *, options=b"", tos=0, identification=0, fragment=0, ttl=64):
+def make_ipv4(
+    source: int,
+    destination: int,
+    protocol: int,
+    payload: bytes,
+    *,
+    options: bytes = b"",
+    tos: int = 0,
+    identification: int = 0,
+    fragment: int = 0,
+    ttl: int = 64,
+) -> bytes:
     """An IPv4 packet."""
     length = 20 + len(options)
     header = struct.pack("!BBHHH", 0x40 | length // 4, tos, length + len(payload), identification, fragment)
@@ -134,7 +154,7 @@ def make_ipv4(source, destination, protocol, payload, *, options=b"", tos=0, ide
 
 
 @st.composite
-def ipv4_packets(draw, payload=payloads, protocol=bytes8):
+def ipv4_packets(draw: Draw, payload: Bytes = payloads, protocol: Ints = bytes8) -> bytes:
     """Any IPv4 packet, options and fragments included; the payload means nothing."""
     return make_ipv4(
         draw(ipv4_addresses()),
@@ -150,7 +170,7 @@ def ipv4_packets(draw, payload=payloads, protocol=bytes8):
 
 
 @st.composite
-def ipv4_fragments(draw, max_size=400):
+def ipv4_fragments(draw: Draw, max_size: int = 400) -> tuple[list[bytes], bytes]:
     """The fragments of one datagram, in order, and the datagram's payload."""
     payload = draw(st.binary(min_size=9, max_size=max_size))
     cuts = sorted({8 * cut for cut in draw(st.lists(st.integers(1, (len(payload) - 1) // 8), min_size=1, max_size=6))})
@@ -180,13 +200,24 @@ class Ipv6Packet:
 EXTENSIONS = (0, 43, 44, 51, 60)
 
 
-def make_ipv6(source, destination, protocol, payload, *, traffic_class=0, flow_label=0, hop_limit=64):
+def make_ipv6(
+    source: int,
+    destination: int,
+    protocol: int,
+    payload: bytes,
+    *,
+    traffic_class: int = 0,
+    flow_label: int = 0,
+    hop_limit: int = 64,
+) -> bytes:
     """An IPv6 packet; ``payload`` begins with the header that ``protocol`` names."""
     header = struct.pack("!IHBB", 6 << 28 | traffic_class << 20 | flow_label, len(payload), protocol, hop_limit)
     return header + source.to_bytes(16, "big") + destination.to_bytes(16, "big") + payload
 
 
-def make_extension(kind, next_header, body, *, offset=0, more=False, identification=0):
+def make_extension(
+    kind: int, next_header: int, body: bytes, *, offset: int = 0, more: bool = False, identification: int = 0
+) -> bytes:
     """One extension header; ``body`` is padded to the unit that ``kind`` has, and not used by a fragment header."""
     if kind == 44:
         return struct.pack("!BBHI", next_header, 0, offset | more, identification)
@@ -198,7 +229,7 @@ def make_extension(kind, next_header, body, *, offset=0, more=False, identificat
 
 
 @st.composite
-def ipv6_packets(draw, payload=payloads):
+def ipv6_packets(draw: Draw, payload: Bytes = payloads) -> Ipv6Packet:
     """An IPv6 packet with up to five extension headers in an order that the RFC allows."""
     kinds = draw(st.lists(st.sampled_from([43, 51, 60]), max_size=3))
     if draw(st.booleans()):
@@ -231,7 +262,7 @@ def ipv6_packets(draw, payload=payloads):
 
 
 @st.composite
-def tcp_options(draw):
+def tcp_options(draw: Draw) -> tuple[list[tuple[int, bytes]], bytes]:
     """``(kind, value)`` pairs in a random order, and their bytes (at most 40, padded)."""
     possible = [
         (2, struct.pack("!H", draw(words16))),
@@ -251,7 +282,19 @@ def tcp_options(draw):
     return kept, _padded(options)
 
 
-def make_tcp(source, destination, sport, dport, payload=b"", *, seq=0, ack=0, flags=0x10, window=0, options=b""):
+def make_tcp(
+    source: int,
+    destination: int,
+    sport: int,
+    dport: int,
+    payload: bytes = b"",
+    *,
+    seq: int = 0,
+    ack: int = 0,
+    flags: int = 0x10,
+    window: int = 0,
+    options: bytes = b"",
+) -> bytes:
     """A TCP segment between two addresses of one family."""
     length = 20 + len(options)
     header = struct.pack("!HHIIBBHHH", sport, dport, seq, ack, length // 4 << 4, flags, window, 0, 0)
@@ -259,14 +302,14 @@ def make_tcp(source, destination, sport, dport, payload=b"", *, seq=0, ack=0, fl
     return with_checksum(segment, 16, pseudo_bytes(source, destination, 6, len(segment)))
 
 
-def make_udp(source, destination, sport, dport, payload=b""):
+def make_udp(source: int, destination: int, sport: int, dport: int, payload: bytes = b"") -> bytes:
     """A UDP datagram between two addresses of one family."""
     datagram = struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload
     return with_checksum(datagram, 6, pseudo_bytes(source, destination, 17, len(datagram)), udp=True)
 
 
 @st.composite
-def tcp_segments(draw, source=0x0AF4_0007, destination=0xCB00_7109):
+def tcp_segments(draw: Draw, source: int = 0x0AF4_0007, destination: int = 0xCB00_7109) -> bytes:
     """A TCP segment, checksummed for ``source`` and ``destination``."""
     fields = {"seq": draw(words32), "ack": draw(words32), "flags": draw(bytes8), "window": draw(words16)}
     _, options = draw(tcp_options())
@@ -274,17 +317,19 @@ def tcp_segments(draw, source=0x0AF4_0007, destination=0xCB00_7109):
 
 
 @st.composite
-def udp_datagrams(draw, source=0x0AF4_0007, destination=0xCB00_7109):
+def udp_datagrams(draw: Draw, source: int = 0x0AF4_0007, destination: int = 0xCB00_7109) -> bytes:
     """A UDP datagram, checksummed for ``source`` and ``destination``."""
     return make_udp(source, destination, draw(ports), draw(ports), draw(payloads))
 
 
-def make_icmp(kind, code=0, rest=0, payload=b"", *, pseudo=b""):
+def make_icmp(kind: int, code: int = 0, rest: int = 0, payload: bytes = b"", *, pseudo: bytes = b"") -> bytes:
     """An ICMP message; with a pseudo header, an ICMPv6 one."""
     return with_checksum(struct.pack("!BBHI", kind, code, 0, rest) + payload, 2, pseudo)
 
 
-def make_ethernet(destination, source, ethertype, payload, tags=()):
+def make_ethernet(
+    destination: int, source: int, ethertype: int, payload: bytes, tags: Iterable[tuple[int, int]] = ()
+) -> bytes:
     """An Ethernet frame; ``tags`` are ``(EtherType, tag word)`` pairs, outermost first."""
     header = destination.to_bytes(6, "big") + source.to_bytes(6, "big")
     for tag_type, word in tags:
@@ -296,7 +341,7 @@ def make_ethernet(destination, source, ethertype, payload, tags=()):
 
 
 @st.composite
-def ipv4_transport_packets(draw):
+def ipv4_transport_packets(draw: Draw) -> bytes:
     """An IPv4 packet that carries a right TCP, UDP or ICMP message and is no fragment."""
     source, destination = draw(ipv4_addresses()), draw(ipv4_addresses())
     kind = draw(st.sampled_from([1, 6, 17]))
@@ -308,7 +353,7 @@ def ipv4_transport_packets(draw):
 
 
 @st.composite
-def ipv6_transport_packets(draw):
+def ipv6_transport_packets(draw: Draw) -> bytes:
     """An IPv6 packet without extension headers that carries a right TCP, UDP or ICMPv6 message."""
     source, destination = draw(ipv6_addresses()), draw(ipv6_addresses())
     kind = draw(st.sampled_from([6, 17, 58]))
@@ -322,7 +367,7 @@ def ipv6_transport_packets(draw):
 
 
 @st.composite
-def damaged(draw, packets):
+def damaged(draw: Draw, packets: Bytes) -> bytes:
     """A packet cut short, or with bytes overwritten, or both, or neither."""
     packet = bytearray(draw(packets))
     for _ in range(draw(st.integers(0, 3))):
@@ -331,7 +376,7 @@ def damaged(draw, packets):
     return bytes(packet[: draw(st.integers(0, len(packet)))]) if draw(st.booleans()) else bytes(packet)
 
 
-def frames(packets=None):
+def frames(packets: st.SearchStrategy[tuple[int, bytes]] | None = None) -> Bytes:
     """Ethernet frames with sound and damaged packets of both families, and with noise."""
     chosen = packets or st.one_of(
         ipv4_transport_packets().map(lambda packet: (0x0800, packet)),
