@@ -52,12 +52,14 @@ CUT_L3: Final = CUT_ROW + 3
 CUT_L4: Final = CUT_ROW + 4
 CUT_BODY: Final = CUT_ROW + 5  # behind the headers that every piece repeats
 CUT_LIMIT: Final = CUT_ROW + 6  # IP bytes of the largest piece, 0: any
-CUT_COUNT: Final = CUT_ROW + 7  # pieces so far
-CUT_HEADERS: Final = CUT_ROW + 8  # bytes of headers of the piece at hand
+CUT_SIZE: Final = CUT_ROW + 7  # payload bytes of a segment
+CUT_EXTRA: Final = CUT_ROW + 8  # bytes of transport header that only the first fragment of a segment has
+CUT_HEADERS: Final = CUT_ROW + 9  # bytes of headers of the piece at hand
+CUT_COUNT: Final = CUT_ROW + 10  # pieces so far
 
 # words: the tunnel's sockets
 MAX_SOCKETS: Final = 64
-TUNNEL_ADDRESS: Final = CUT_ROW + 9  # IPv4, 32 bits
+TUNNEL_ADDRESS: Final = CUT_ROW + 11  # IPv4, 32 bits
 TUNNEL_PORT: Final = TUNNEL_ADDRESS + 1
 SOCKETS: Final = TUNNEL_ADDRESS + 2  # how many there are to send from
 SOCKET_LOW: Final = TUNNEL_ADDRESS + 3  # they share the ports [low, low + span)

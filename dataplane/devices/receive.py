@@ -2,8 +2,8 @@
 
 Most frames fit a small slot, some are super-frames of 64 KiB, and nothing tells before the read. So every read is given
 two pieces of memory: a small slot, and the rest of a super slot. A frame that overflows has its tail already in place;
-only the first ``SMALL_SIZE`` bytes are copied in front of it. Reading stops when no super slot is left to overflow into,
-when the rows are used up, or when the device has no more: every loop is bounded by the rows.
+only the first ``SMALL_SIZE`` bytes are copied in front of it. Reading stops when no super slot is left to overflow
+into, when the rows are used up, or when the device has no more: every loop is bounded by the rows.
 
 An error of the device (unplugged, down) is stored in the interface's row and counted; the frames read before it count.
 """

@@ -20,11 +20,12 @@ EINTR = 4
 EIO = 5
 EAGAIN = 11
 EINVAL = 22
+EMSGSIZE = 90
 ENOBUFS = 105
 MSG_DONTWAIT = 0x40
 
 _int, _long, _pointer = types.int32, types.int64, types.intp
-_DECLARED = {
+_DECLARED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "read": (_long, (_int, _pointer, _pointer)),
     "write": (_long, (_int, _pointer, _pointer)),
     "readv": (_long, (_int, _pointer, _int)),
@@ -32,7 +33,7 @@ _DECLARED = {
     "recvmmsg": (_int, (_int, _pointer, _int, _int, _pointer)),
     "sendmmsg": (_int, (_int, _pointer, _int, _int)),
 }
-_CTYPES = {_int: ctypes.c_int, _long: ctypes.c_ssize_t, _pointer: ctypes.c_ssize_t}
+_CTYPES: dict[Any, Any] = {_int: ctypes.c_int, _long: ctypes.c_ssize_t, _pointer: ctypes.c_ssize_t}
 
 
 def require(name: str) -> None:
