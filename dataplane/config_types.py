@@ -24,6 +24,7 @@ _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SIZE = re.compile(r"(\d+)([KMGT]?)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
 
 
@@ -93,7 +94,7 @@ def _size(value: str) -> int:
     match = _SIZE.fullmatch(value)
     if not match:
         raise ValueError
-    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
+    return int(match[1]) * _FACTORS[match[2]]
 
 
 def _listen(value: str) -> tuple[str, int] | None:

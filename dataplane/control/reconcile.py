@@ -39,6 +39,11 @@ class Source(IntEnum):
     ON_LINK = 6
     BLACKHOLE = 7
 
+    @property
+    def label(self) -> str:
+        """``VxlanTunnel``: the name that people see."""
+        return self.name.title().replace("_", "")
+
 
 @dataclass(frozen=True, slots=True)
 class RouteSpec:

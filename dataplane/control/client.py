@@ -1,0 +1,150 @@
+"""The other end of the control API: HTTP over the unix socket with nothing but the standard library.
+
+``show`` and ``status`` start in a tenth of a second because of that. Each way to fail is an exception with the exit
+status that the command line gives it: 1 failed, 2 refused or ambiguous, 3 not running, 4 not found, 5 no permission.
+"""
+
+import errno
+import http.client
+import json
+import socket
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RUN = Path("/run/dataplane")
+TIMEOUT_S = 10.0
+
+
+class ControlError(Exception):
+    """A request that did not succeed.
+
+    Attributes:
+        exit_code: What the command exits with.
+        errors: More than the message, one line each: the errors of a configuration file.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, errors: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.errors = tuple(errors)
+
+
+class RefusedError(ControlError):
+    """The node understood and declined; or the request is ambiguous."""
+
+    exit_code = 2
+
+
+class NotRunningError(ControlError):
+    """Nobody listens."""
+
+    exit_code = 3
+
+
+class NotFoundError(ControlError):
+    """The node does not know what was asked for."""
+
+    exit_code = 4
+
+
+class NoPermissionError(ControlError):
+    """The socket is not ours to write to."""
+
+    exit_code = 5
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a unix socket: the host of a URL has no meaning there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(str(self._path))
+        except BaseException:
+            self.sock.close()
+            raise
+
+
+def get(path: Path, kind: str) -> dict[str, Any]:
+    """Return a snapshot of the node that listens on ``path``."""
+    return _request(path, "GET", f"/v1/{kind}")
+
+
+def reload(path: Path) -> dict[str, Any]:
+    """Make the node read its file again; returns ``snapshot.Reload``.
+
+    Raises:
+        RefusedError: The file is wrong, or changes what cannot be changed; nothing was done.
+    """
+    return _request(path, "POST", "/v1/reload")
+
+
+def listens(path: Path) -> bool:
+    """Whether a unix socket may have somebody behind it: only a refused connection says that nobody listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(TIMEOUT_S)
+        return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+def find_socket(folder: Path = RUN) -> Path:
+    """Return the socket of the one node on this machine.
+
+    Raises:
+        NotRunningError: There is none.
+        RefusedError: There are several.
+        NoPermissionError: The folder may not be read.
+    """
+    try:
+        found = sorted(entry for entry in folder.iterdir() if stat.S_ISSOCK(entry.stat().st_mode))
+    except FileNotFoundError:
+        found = []
+    except PermissionError:
+        raise NoPermissionError(f"{folder}: no permission to look for a node's socket") from None
+    if len(found) > 1:  # a node that was killed leaves its socket behind
+        found = [entry for entry in found if listens(entry)] or found[:1]
+    if not found:
+        raise NotRunningError(f"no node is running: no socket in {folder}")
+    if len(found) > 1:
+        names = ", ".join(str(entry) for entry in found)
+        raise RefusedError(f"several nodes are running: {names}; choose one with --socket or DATAPLANE_SOCKET")
+    return found[0]
+
+
+def _request(path: Path, method: str, target: str) -> dict[str, Any]:
+    connection = _Connection(path)
+    try:
+        connection.request(method, target)
+        response = connection.getresponse()
+        return _answer(response.status, response.read())
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NotRunningError(f"no node is running: nobody listens on {path}") from None
+    except PermissionError:
+        raise NoPermissionError(f"{path}: no permission to write to the socket (mode 0660); run as its owner") from None
+    except TimeoutError:
+        raise ControlError(f"{path}: no answer within {TIMEOUT_S:.0f} s") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise ControlError(f"{path}: {str(error) or type(error).__name__}") from None
+    finally:
+        connection.close()
+
+
+def _answer(code: int, body: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(body)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ControlError(f"the answer is not a JSON object (HTTP status {code})")
+    if code == http.client.OK:
+        return content
+    errors = {http.client.NOT_FOUND: NotFoundError, http.client.UNPROCESSABLE_ENTITY: RefusedError}
+    message = str(content.get("message", f"HTTP status {code}"))
+    raise errors.get(http.HTTPStatus(code), ControlError)(message, content.get("errors", ()))

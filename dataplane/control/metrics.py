@@ -1,0 +1,130 @@
+"""Prometheus' view of the snapshots.
+
+Nothing is counted twice: the collector reads the counters that the node has anyway when somebody asks. Names that
+operators have dashboards for are Calico's (``felix_*``), the rest begin with ``dataplane_``.
+"""
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dataplane.control.snapshot import Arp, Counters, Drops, Interfaces, Kind, Pipeline, Routes, Status, Vteps
+
+Snapshot = Callable[[Kind], Mapping[str, Any]]
+_IN_SYNC = 3  # felix: 1 wait-for-ready, 2 resync, 3 in-sync
+
+
+def text(snapshot: Snapshot) -> str:
+    """Return all metrics of the node whose snapshots the function gives."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Node(snapshot))
+    return generate_latest(registry).decode()
+
+
+class _Node(Collector):
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot: Callable[[Kind], Any] = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        yield from _status(self.snapshot("status"))
+        yield from _interfaces(self.snapshot("interfaces"))
+        yield from _packets(self.snapshot("counters"))
+        yield from _drops(self.snapshot("drops"))
+        yield from _pipeline(self.snapshot("pipeline"))
+        yield from _vteps(self.snapshot("vteps"))
+        yield from _tables(self.snapshot("routes"), self.snapshot("arp"))
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...], rows: Iterator[tuple[tuple[str, ...], int]]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, count in rows:
+        family.add_metric(values, count)
+    return family
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _status(status: Status) -> Iterator[Metric]:
+    info = {"node": status["name"], "version": status["version"]}
+    yield InfoMetricFamily("dataplane_build", "The node and its version.", value=info)
+    yield _gauge("dataplane_start_time_seconds", "Start of the process, seconds since the epoch.", status["since"])
+    yield _gauge("dataplane_ready", "Whether packets flow.", status["ready"])
+    yield _gauge("dataplane_peers", "Other nodes that are known.", status["peers"])
+    yield _gauge("felix_active_local_endpoints", "Pods of this node.", status["pods"])
+    yield _gauge("felix_resync_state", "3: in sync with the desired state.", _IN_SYNC if status["ready"] else 1)
+
+
+def _interfaces(snapshot: Interfaces) -> Iterator[Metric]:
+    fields = {
+        "rx_packets": "Packets received.",
+        "rx_bytes": "Bytes received.",
+        "rx_errors": "Failed reads.",
+        "rx_dropped": "Packets that the kernel lost before they were read.",
+        "tx_packets": "Packets sent.",
+        "tx_bytes": "Bytes sent.",
+        "tx_errors": "Failed writes.",
+        "tx_frames": "Frames sent, after segmentation and fragmentation.",
+    }
+    rows: list[dict[str, Any]] = [dict(item) for item in snapshot["interfaces"]]
+    for field, text in fields.items():
+        values = (((row["name"], row["role"], row["pod"]), row[field]) for row in rows)
+        yield _counter(f"dataplane_interface_{field}", text, ("interface", "role", "pod"), values)
+    up = GaugeMetricFamily("dataplane_interface_up", "Whether frames may be sent.", labels=("interface", "role", "pod"))
+    for row in rows:
+        up.add_metric((row["name"], row["role"], row["pod"]), row["state"] == "up")
+    yield up
+
+
+def _packets(counters: Counters) -> Iterator[Metric]:
+    yield _counter("dataplane_received", "Packets read from devices.", (), iter([((), counters["received"])]))
+    yield _counter("dataplane_injected", "Packets made by the slow path.", (), iter([((), counters["injected"])]))
+    verdicts = {"accept": "accepted", "stolen": "stolen", "queue": "queued", "drop": "dropped"}
+    rows: dict[str, Any] = dict(counters)
+    values = (((verdict,), rows[name]) for verdict, name in verdicts.items())
+    yield _counter("dataplane_packets", "Packets by verdict.", ("verdict",), values)
+    yield _gauge("dataplane_balanced", "Whether every packet is accounted for.", counters["balanced"])
+
+
+def _drops(snapshot: Drops) -> Iterator[Metric]:
+    dropped = [reason for reason in snapshot["reasons"] if reason["verdict"] == "drop"]
+    values = (((reason["label"], reason["stage"]), reason["count"]) for reason in dropped)
+    yield _counter("dataplane_drops", "Dropped packets by reason.", ("reason", "stage"), values)
+
+
+def _pipeline(snapshot: Pipeline) -> Iterator[Metric]:
+    values = (((stage["stage"],), stage["entered"]) for stage in snapshot["pipeline"])
+    yield _counter("dataplane_stage_packets", "Packets that came to a stage.", ("stage",), values)
+
+
+def _vteps(snapshot: Vteps) -> Iterator[Metric]:
+    fields = {
+        "rx_packets": "Packets from a node's tunnel.",
+        "rx_bytes": "Bytes from a node's tunnel.",
+        "tx_packets": "Packets to a node's tunnel.",
+        "tx_bytes": "Bytes to a node's tunnel.",
+    }
+    rows: list[dict[str, Any]] = [dict(item) for item in snapshot["vteps"]]
+    for field, text in fields.items():
+        yield _counter(f"dataplane_vtep_{field}", text, ("node",), (((row["node"],), row[field]) for row in rows))
+
+
+def _tables(routes: Routes, arp: Arp) -> Iterator[Metric]:
+    kinds = Tally(route["kind"] for route in routes["routes"])
+    family = GaugeMetricFamily("dataplane_routes", "Routes by kind.", labels=("kind",))
+    for kind, count in sorted(kinds.items()):
+        family.add_metric((kind,), count)
+    yield family
+    states = Tally(entry["state"].lower() for entry in arp["arp"])
+    family = GaugeMetricFamily("dataplane_neighbors", "Neighbors on the uplink by state.", labels=("state",))
+    for state, count in sorted(states.items()):
+        family.add_metric((state,), count)
+    yield family

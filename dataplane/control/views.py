@@ -1,0 +1,234 @@
+"""Snapshots as tables: pure functions from a snapshot to columns and rows of text.
+
+``VIEWS`` has one per kind. ``plain`` draws a table for a file or a pipe (one line per row, nothing cut, so that grep
+and awk work), ``draw`` one for a terminal, with rich.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dataplane.control.snapshot import (
+    Arp,
+    Counters,
+    Drops,
+    Interfaces,
+    Kind,
+    Pipeline,
+    ReasonCount,
+    Route,
+    Routes,
+    Status,
+    Vteps,
+)
+
+PROTO_CALICO = "proto 80"  # what Calico programs is told from the host's own routes by this number
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A table: headings, rows of text, and lines to print below it. A heading that starts with ">" is for numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The headings as they are printed."""
+        return tuple(column.removeprefix(">") for column in self.columns)
+
+
+def interfaces(snapshot: Interfaces) -> View:
+    """One row per device; the last errno stands at the end."""
+    return View(
+        (
+            *(">#", "name", "role", "driver", "state", ">mtu", "mac", "pod", ">rx", ">rx bytes", ">tx", ">tx bytes"),
+            *(">errors", ">lost", "last error"),
+        ),
+        _rows(
+            (
+                *(item["index"], item["name"], item["role"], item["driver"], item["state"], item["mtu"]),
+                *(item["mac"], item["pod"], item["rx_packets"], item["rx_bytes"], item["tx_packets"]),
+                *(item["tx_bytes"], item["rx_errors"] + item["tx_errors"], item["rx_dropped"], item["error"]),
+            )
+            for item in snapshot["interfaces"]
+        ),
+    )
+
+
+def routes(snapshot: Routes) -> View:
+    """One row per prefix."""
+    return View(
+        ("prefix", "kind", "via", "dev", ">mtu", "node", "origin"),
+        _rows(
+            (item["prefix"], item["kind"], item["via"], item["dev"], item["mtu"] or "", item["vtep"], item["origin"])
+            for item in snapshot["routes"]
+        ),
+    )
+
+
+def arp(snapshot: Arp) -> View:
+    """One row per neighbor on the uplink."""
+    return View(
+        ("address", "mac", "state", "interface", ">age"),
+        _rows(
+            (item["address"], item["mac"], item["state"], item["interface"], f"{item['age_s']:.0f} s")
+            for item in snapshot["arp"]
+        ),
+    )
+
+
+def vteps(snapshot: Vteps) -> View:
+    """One row per remote node."""
+    return View(
+        ("node", "address", "mac", ">mtu", ">rx", ">rx bytes", ">tx", ">tx bytes"),
+        _rows(
+            (
+                *(item["node"], item["address"], item["mac"], item["mtu"]),
+                *(item["rx_packets"], item["rx_bytes"], item["tx_packets"], item["tx_bytes"]),
+            )
+            for item in snapshot["vteps"]
+        ),
+    )
+
+
+def drops(snapshot: Drops) -> View:
+    """The drop reasons that were met, the most frequent first."""
+    met = [reason for reason in snapshot["reasons"] if reason["verdict"] == "drop" and reason["count"]]
+    return _reasons(met, () if met else ("no packet was dropped",))
+
+
+def all_drops(snapshot: Drops) -> View:
+    """Every drop reason, the most frequent first."""
+    return _reasons([reason for reason in snapshot["reasons"] if reason["verdict"] == "drop"], ())
+
+
+def _reasons(reasons: list[ReasonCount], notes: tuple[str, ...]) -> View:
+    ordered = sorted(reasons, key=lambda reason: -reason["count"])  # stable: equal counts stay in the order of stages
+    rows = _rows((reason["count"], reason["label"], reason["stage"], reason["text"]) for reason in ordered)
+    return View((">packets", "reason", "stage", "what it means"), rows, notes)
+
+
+def counters(snapshot: Counters) -> View:
+    """The totals, and whether every packet is accounted for."""
+    came = snapshot["received"] + snapshot["injected"]
+    went = snapshot["accepted"] + snapshot["stolen"] + snapshot["queued"] + snapshot["dropped"]
+    names = ("received", "injected", "accepted", "stolen", "queued", "dropped")
+    rows = [(name, snapshot[name]) for name in names]  # type: ignore[literal-required]
+    rows += [(f"queue {name}", count) for name, count in snapshot["queue"].items()]
+    verdict = "OK" if came == went else f"VIOLATED, {came - went:+d} packets"
+    equation = "received + injected = accepted + stolen + queued + dropped"
+    return View(("counter", ">packets"), _rows(rows), (f"{equation}: {came} = {went}: {verdict}",))
+
+
+def pipeline(snapshot: Pipeline) -> View:
+    """The stages in order, and how many packets each took out."""
+    return View(
+        ("stage", ">entered", ">passed", ">stolen", ">queued", ">dropped"),
+        _rows(
+            (
+                *(item["stage"], item["entered"], item["entered"] - item["stolen"] - item["queued"] - item["dropped"]),
+                *(item["stolen"], item["queued"], item["dropped"]),
+            )
+            for item in snapshot["pipeline"]
+        ),
+    )
+
+
+def status(snapshot: Status) -> View:
+    """One row per property."""
+    values = dict(snapshot)
+    values["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot["since"]))
+    rows = _rows((name.replace("_", " "), _word(value)) for name, value in values.items())
+    return View(("property", "value"), rows)
+
+
+def _word(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value == "" else value
+
+
+def _rows(rows: Iterable[Iterable[object]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(str(cell) for cell in row) for row in rows)
+
+
+VIEWS: dict[Kind, Callable[[Any], View]] = {
+    "status": status,
+    "interfaces": interfaces,
+    "routes": routes,
+    "arp": arp,
+    "vteps": vteps,
+    "drops": drops,
+    "counters": counters,
+    "pipeline": pipeline,
+}
+
+
+# --- as iproute2 prints routes ---------------------------------------------------------------------------------------
+
+
+def iproute(snapshot: Routes) -> str:
+    """Return the routes as ``ip route`` would print them, one per line."""
+    return "".join(f"{_ip_route(route)}\n" for route in snapshot["routes"])
+
+
+def _ip_route(route: Route) -> str:
+    prefix = route["prefix"].removesuffix("/32").removesuffix("/128")
+    prefix = "default" if route["prefix"] in ("0.0.0.0/0", "::/0") else prefix
+    match route["kind"]:
+        case "pod":
+            return f"{prefix} dev {route['dev']} scope link"
+        case "local":
+            return f"local {prefix} dev {route['dev'] or 'lo'} table local proto kernel scope host"
+        case "tunnel":
+            return f"{prefix} via {route['via']} dev {route['dev']} onlink mtu {route['mtu']}"
+        case "via":
+            hop = f"via {route['via']} " if route["via"] else ""
+            return f"{prefix} {hop}dev {route['dev']} {_proto(route)}{'' if route['via'] else ' scope link'}"
+        case kind:
+            return f"{kind} {prefix} {_proto(route)}"
+
+
+def _proto(route: Route) -> str:
+    return {"Static": "proto static", "OnLink": "proto kernel"}.get(route["origin"], PROTO_CALICO)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def plain(view: View) -> str:
+    """Return the table as text, two spaces between columns."""
+    headings = tuple(heading.upper() for heading in view.headings)
+    lines = [headings, *view.rows] if view.rows else []
+    widths = [max(len(line[at]) for line in lines) for at in range(len(view.columns))] if lines else []
+    text = "".join(f"{_line(view.columns, line, widths)}\n" for line in lines)
+    return text + "".join(f"{note}\n" for note in view.notes or (() if lines else ("none",)))
+
+
+def _line(columns: Sequence[str], cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (
+        cell.rjust(width) if column.startswith(">") else cell.ljust(width)
+        for column, cell, width in zip(columns, cells, widths, strict=True)
+    )
+    return "  ".join(padded).rstrip()
+
+
+def draw(view: View) -> None:
+    """Draw the table on the terminal; a line that is too long is folded inside its column."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if view.rows:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for column, heading in zip(view.columns, view.headings, strict=True):
+            table.add_column(heading.upper(), justify="right" if column.startswith(">") else "left", overflow="fold")
+        for row in view.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    for note in view.notes or (() if view.rows else ("none",)):
+        console.print(note, markup=False, style="bold red" if "VIOLATED" in note else "")
