@@ -81,9 +81,21 @@ def checksum_ok(data: Array, at: int, end: int) -> bool:
 
 
 @kernel
+def _update(data: Array, at: int, old: int, new: int) -> None:
+    """Let the checksum follow the change of one word.
+
+    Alone among the protocols here, ICMP has messages that become all zeros: the reply to an empty echo of identifier 0
+    and sequence 0. RFC 1624 gives 0 for them and receivers reject that; 0xffff is right for them and is the same number
+    as 0 for every other message.
+    """
+    value = update16(load16(data, at + 2), old, new)
+    store16(data, at + 2, 0xFFFF if value == 0 else value)
+
+
+@kernel
 def set_identifier(data: Array, at: int, value: int) -> None:
     """Write a query's identifier; the checksum follows."""
-    store16(data, at + 2, update16(load16(data, at + 2), load16(data, at + 4), value))
+    _update(data, at, load16(data, at + 4), value)
     store16(data, at + 4, value)
 
 
@@ -97,7 +109,7 @@ def emit_echo(data: Array, at: int, kind: int, identifier: int, sequence: int, l
 def emit_echo_reply(data: Array, at: int) -> None:
     """Turn the echo request at ``at`` into its reply, in place; the checksum follows by RFC 1624."""
     word = load16(data, at)
-    store16(data, at + 2, update16(load16(data, at + 2), word, word & 0xFF))
+    _update(data, at, word, word & 0xFF)
     store8(data, at, ECHO_REPLY)
 
 
