@@ -1,0 +1,340 @@
+"""The control API over a real unix socket, the views of what it answers, and the metrics."""
+
+import http.client
+import json
+import os
+import re
+import socket
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dataplane.control import client, metrics, views
+from dataplane.control.api import ListenError
+from dataplane.control.snapshot import KINDS
+from dataplane.verdict import Reason
+from tests.fake_node import FakeNode, route, serving, snapshots
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "node1.sock"
+
+
+def request(path: Path, method: str, target: str) -> tuple[int, dict[str, str], str]:
+    connection = client._Connection(path)
+    try:
+        connection.request(method, target)
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read().decode()
+    finally:
+        connection.close()
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_answered_with_the_nodes_snapshot(kind, path):
+    with serving(FakeNode(), path):
+        assert client.get(path, kind) == snapshots()[kind]
+
+
+def test_the_socket_is_for_owner_and_group_only_and_goes_away_with_the_server(path):
+    with serving(FakeNode(), path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert not path.exists()
+
+
+def test_the_socket_of_a_killed_node_is_replaced(path):
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with serving(FakeNode(), path):
+        assert client.get(path, "status")["name"] == "node1"
+
+
+def test_a_node_that_listens_is_not_pushed_away(path):
+    with serving(FakeNode(), path):
+        with pytest.raises(ListenError, match=r"another node listens there"), serving(FakeNode(), path):
+            pass
+        assert client.get(path, "status")["name"] == "node1"
+
+
+def test_a_file_that_is_no_socket_is_left_alone(path):
+    path.parent.mkdir()
+    path.write_text("precious")
+    with pytest.raises(ListenError, match="exists and is no socket"), serving(FakeNode(), path):
+        pass
+    assert path.read_text() == "precious"
+
+
+def test_a_socket_that_another_node_put_there_meanwhile_is_not_taken_away(path):
+    with socket.socket(socket.AF_UNIX) as other:
+        with serving(FakeNode(), path):
+            path.unlink()
+            other.bind(str(path))
+        assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "code", "word"),
+    [
+        ("GET", "/v1/nonsense", 404, "not-found"),
+        ("GET", "/", 404, "not-found"),
+        ("POST", "/v1/routes", 405, "method-not-allowed"),
+        ("GET", "/v1/reload", 405, "method-not-allowed"),
+    ],
+)
+def test_errors_are_json(method, target, code, word, path):
+    with serving(FakeNode(), path):
+        status, headers, body = request(path, method, target)
+    assert (status, json.loads(body)["error"]) == (code, word)
+    assert target in json.loads(body)["message"]
+    assert headers["Content-Type"].startswith("application/json")
+
+
+def test_a_bug_in_a_request_is_an_answer_and_the_node_lives(path, caplog):
+    node = FakeNode()
+    node.failure = KeyError("oops")
+    with serving(node, path):
+        status, _, body = request(path, "GET", "/v1/routes")
+        assert (status, json.loads(body)) == (500, {"error": "internal", "message": "KeyError: 'oops'"})
+        node.failure = None
+        assert client.get(path, "routes")["routes"]
+    assert "request failed method=GET path=/v1/routes" in caplog.text
+
+
+def test_reload_says_what_was_done(path):
+    with serving(FakeNode(), path):
+        assert client.reload(path)["applied"] == ["pod added name=default/web-0"]
+
+
+def test_a_refused_reload_lists_every_error(path):
+    node = FakeNode()
+    node.result = {"applied": [], "errors": ["node.toml:3: a: bad", "node.toml:4: b: bad"]}
+    with serving(node, path), pytest.raises(client.RefusedError, match="nothing was changed") as refused:
+        client.reload(path)
+    assert refused.value.errors == ("node.toml:3: a: bad", "node.toml:4: b: bad")
+
+
+def test_two_reloads_do_not_overlap(path):
+    node = FakeNode()
+    with serving(node, path), ThreadPoolExecutor(4) as pool:
+        for result in [pool.submit(client.reload, path) for _ in range(8)]:
+            result.result()
+    assert node.most_at_once == 1
+
+
+def test_metrics_are_served_on_the_socket_and_on_tcp(path):
+    with serving(FakeNode(), path, ("127.0.0.1", 0)) as server:
+        on_socket = request(path, "GET", "/metrics")
+        connection = http.client.HTTPConnection("127.0.0.1", server.metrics_port, timeout=10)
+        connection.request("GET", "/metrics")
+        response = connection.getresponse()
+        assert response.read().decode() == on_socket[2]
+        assert response.getheader("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
+        connection.request("GET", "/v1/status")  # the control API is not for the network
+        assert connection.getresponse().status == 404
+        connection.close()
+
+
+def test_a_metrics_port_that_is_taken_is_named_and_the_socket_is_closed_again(path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()
+        expected = rf"metrics.listen 127.0.0.1:{address[1]}: .*in use"
+        with pytest.raises(ListenError, match=expected), serving(FakeNode(), path, address):
+            pass
+    assert not path.exists()
+
+
+# --- the client ------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_listening_is_not_running(path):
+    with pytest.raises(client.NotRunningError, match="nobody listens on") as error:
+        client.get(path, "status")
+    assert error.value.exit_code == 3
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with pytest.raises(client.NotRunningError):
+        client.get(path, "status")
+
+
+def test_an_unknown_resource_is_not_found(path):
+    with serving(FakeNode(), path), pytest.raises(client.NotFoundError, match="/v1/nonsense") as error:
+        client.get(path, "nonsense")
+    assert error.value.exit_code == 4
+
+
+def test_a_socket_of_somebody_else_is_named(path):
+    with serving(FakeNode(), path):
+        path.parent.chmod(0o700)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(client.NoPermissionError, match=re.escape(str(path))) as error:
+                client.get(path, "status")
+        finally:
+            os.seteuid(0)
+    assert error.value.exit_code == 5
+
+
+def test_an_answer_that_is_no_json_is_an_error_not_a_traceback(path):
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(client.ControlError, match="not a JSON object"):
+            client.get(path, "status")
+        thread.join()
+
+
+def test_the_only_socket_is_found(path):
+    with serving(FakeNode(), path):
+        (path.parent / "node1.toml").touch()
+        assert client.find_socket(path.parent) == path
+
+
+def test_of_several_sockets_the_one_that_answers_is_taken(path):
+    with serving(FakeNode(), path), socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path.with_name("dead.sock")))
+        dead.close()
+        assert client.find_socket(path.parent) == path
+
+
+def test_several_nodes_are_named(path):
+    other = path.with_name("node2.sock")
+    with serving(FakeNode(), path), serving(FakeNode(), other):
+        with pytest.raises(client.RefusedError, match=f"{path}, {other}; choose one with --socket") as error:
+            client.find_socket(path.parent)
+        assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_no_socket_is_not_running(path, made):
+    if made:
+        path.parent.mkdir()
+    with pytest.raises(client.NotRunningError, match=f"no socket in {path.parent}"):
+        client.find_socket(path.parent)
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_table_whose_rows_fit_its_columns(kind):
+    view = views.VIEWS[kind](snapshots()[kind])
+    assert view.rows
+    assert {len(row) for row in view.rows} == {len(view.columns)}
+
+
+def test_only_reasons_that_were_met_are_shown_the_most_frequent_first():
+    rows = views.drops(snapshots()["drops"]).rows
+    assert [(row[0], row[1], row[2]) for row in rows] == [("12", "ip.ttl", "route"), ("3", "route.none", "route")]
+    assert rows[0][3] == Reason.IP_TTL.text
+
+
+def test_all_drop_reasons_are_shown_when_asked_for_and_no_others():
+    rows = views.all_drops(snapshots()["drops"]).rows
+    assert rows[0][1] == "ip.ttl"
+    assert {row[1] for row in rows} == {reason.label for reason in Reason if reason.verdict.name == "DROP"}
+
+
+def test_no_drops_are_a_sentence():
+    assert views.plain(views.drops({"reasons": []})) == "no packet was dropped\n"
+
+
+def test_the_conservation_of_packets_is_shown_and_its_violation_as_well():
+    counters = snapshots()["counters"]
+    assert views.counters(counters).notes == (
+        "received + injected = accepted + stolen + queued + dropped: 104 = 104: OK",
+    )
+    assert views.counters(counters | {"accepted": 80}).notes[0].endswith("104 = 98: VIOLATED, +6 packets")
+
+
+def test_what_passed_a_stage_is_what_entered_less_what_it_took():
+    assert views.pipeline(snapshots()["pipeline"]).rows[2] == ("route", "102", "86", "0", "1", "15")
+
+
+def test_an_empty_table_says_so():
+    assert views.plain(views.arp({"arp": []})) == "none\n"
+
+
+def test_numbers_stand_right_and_words_left():
+    view = views.View(("name", ">packets"), (("a", "1"), ("bcdef", "1000")))
+    assert views.plain(view) == "NAME   PACKETS\na            1\nbcdef     1000\n"
+
+
+IPROUTE = """\
+default via 192.0.2.1 dev eth0 proto static
+blackhole 10.244.1.0/24 proto 80
+10.244.1.10 dev cali0d7763386da scope link
+10.244.2.0/24 via 10.244.2.0 dev vxlan.calico onlink mtu 1450
+10.244.3.0/24 via 192.0.2.13 dev eth0 proto 80
+192.0.2.0/24 dev eth0 proto kernel scope link
+local 192.0.2.11 dev lo table local proto kernel scope host
+unreachable 203.0.113.0/24 proto static
+"""
+
+
+def test_routes_are_printed_as_iproute2_prints_them():
+    assert views.iproute(snapshots()["routes"]) == IPROUTE
+
+
+def test_no_routes_are_no_lines():
+    assert views.iproute({"routes": []}) == ""
+    assert views.iproute({"routes": [route("10.244.1.0/24", "blackhole")]}) == "blackhole 10.244.1.0/24 proto 80\n"  # type: ignore[list-item]
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def samples() -> dict[tuple[str, tuple[str, ...]], float]:
+    families = text_string_to_metric_families(metrics.text(FakeNode().snapshot))
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_are_the_counters_of_the_snapshots():
+    found = samples()
+    pod = ("cali0d7763386da", "default/web-0", "pod")
+    assert found["dataplane_interface_rx_packets_total", pod] == 1000
+    assert found["dataplane_interface_tx_bytes_total", pod] == 420
+    assert found["dataplane_drops_total", ("ip.ttl", "route")] == 12
+    assert found["dataplane_drops_total", ("mtu.df", "route")] == 0
+    assert found["dataplane_packets_total", ("accept",)] == 86
+    assert found["dataplane_received_total", ()] == 100
+    assert found["dataplane_balanced", ()] == 1
+    assert found["dataplane_vtep_tx_bytes_total", ("node2",)] == 500
+    assert found["dataplane_routes", ("via",)] == 3
+    assert found["dataplane_neighbors", ("reachable",)] == 1
+    assert found["dataplane_stage_packets_total", ("route",)] == 102
+
+
+def test_pods_are_counted_under_calicos_name():
+    found = samples()
+    assert found["felix_active_local_endpoints", ()] == 2
+    assert found["felix_resync_state", ()] == 3
+
+
+def test_every_metric_has_a_help_line():
+    text = metrics.text(FakeNode().snapshot)
+    names = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    assert names == set(re.findall(r"^# HELP (\S+) \S", text, re.MULTILINE))
