@@ -1,8 +1,9 @@
 """The engine: device fds on the event loop, one compiled call per readiness, the only clock.
 
-``add_reader`` per device; when a device is readable, one burst is received, processed and sent by one compiled call, and
-the loop gets its turn again. Only rows that need it (queued ones, dropped ones that are owed an ICMP error) reach Python.
-A device that reports an error is taken off the loop, logged once, and tried again after a pause: the node lives.
+``add_reader`` per device; when a device is readable, one burst is received, processed and sent by one compiled call,
+and the loop gets its turn again. Only rows that need it (queued ones, dropped ones that are owed an ICMP error) reach
+Python. A device that reports an error is taken off the loop, logged once, and tried again after a pause: the node
+lives.
 """
 
 import asyncio
@@ -140,11 +141,11 @@ class Engine:
         while frames:
             count = load(self.batch, [item.frame for item in frames], 0, [item.vnet for item in frames])
             packets["flags"][:count] |= INJECTED
-            run = pipeline.process
+            index = pipeline.LOADED
             if frames[0].oif:
                 packets["oif"][:count] = [item.oif for item in frames[:count]]
-                run = pipeline.finish
-            if run(self._batch, count, self._arrays, self._io, now):
+                index = pipeline.DIRECT
+            if pipeline.burst(self._batch, index, self._arrays, self._io, now, count) & 0xFFFF:
                 follow.extend(self.slow.handle(self.batch, count, now))
             frames = frames[count:]
         return follow

@@ -45,7 +45,8 @@ def kernel(function: Function) -> Function:
     """
     if INTERPRETED:
         return function
-    compiled = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
+    options = {"error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
+    compiled = numba.njit(cache=True, nogil=True, **options)(function)
     KERNELS.append(compiled)
     return cast(Function, compiled)
 

@@ -80,44 +80,34 @@ STAGES = (parse, decapsulate, arp, guard, defrag, route, encapsulate)
 """Every stage has the signature ``stage(batch, count, tables, now)``."""
 
 
-@kernel
-def node(batch: Any, count: int, tables: Any, now: int) -> None:
-    """Run all stages over rows [0, count)."""
-    parse(batch, count, tables, now)
-    decapsulate(batch, count, tables, now)
-    arp(batch, count, tables, now)
-    guard(batch, count, tables, now)
-    defrag(batch, count, tables, now)
-    route(batch, count, tables, now)
-    encapsulate(batch, count, tables, now)
+LOADED = 0  # in place of an interface: the rows are in the batch already
+DIRECT = -1  # and they are to be sent as they are
 
 
 @kernel
 def burst(batch: Any, index: int, tables: Any, io: Any, now: int, limit: int) -> int:
-    """Read up to ``limit`` frames from interface ``index``, run the stages, send; return ``received << 16 | punted``.
+    """Read up to ``limit`` frames from interface ``index``, run the stages, send; return ``rows << 16 | punted``.
 
     Punted rows are those for the slow path: queued, or dropped and owing an ICMP error. They are found again by their
-    verdict and flags.
+    verdict and flags. With ``LOADED`` for an interface the first ``limit`` rows are taken as they are, with ``DIRECT``
+    they skip the stages too: one entry point, because a second one would cost seconds of compilation.
     """
-    count = receive(batch, tables[INTERFACE_TABLE], index, io, limit)
+    count = limit
+    if index > LOADED:
+        count = receive(batch, tables[INTERFACE_TABLE], index, io, limit)
     if count == 0:
         return 0
-    return count << 16 | process(batch, count, tables, io, now)
-
-
-@kernel
-def process(batch: Any, count: int, tables: Any, io: Any, now: int) -> int:
-    """Run the stages over rows [0, count), loaded already, send, and count; return how many rows are punted."""
-    node(batch, count, tables, now)
-    return finish(batch, count, tables, io, now)
-
-
-@kernel
-def finish(batch: Any, count: int, tables: Any, io: Any, now: int) -> int:
-    """Send the rows that have somewhere to go, and count every row by its reason; return how many rows are punted."""
+    if index >= LOADED:
+        parse(batch, count, tables, now)
+        decapsulate(batch, count, tables, now)
+        arp(batch, count, tables, now)
+        guard(batch, count, tables, now)
+        defrag(batch, count, tables, now)
+        route(batch, count, tables, now)
+        encapsulate(batch, count, tables, now)
     transmit(batch, count, tables[INTERFACE_TABLE], io)
     reclaim(tables)
-    return tally(batch, count, tables, now)
+    return count << 16 | tally(batch, count, tables, now)
 
 
 @kernel
@@ -154,6 +144,12 @@ def _may_answer(counters: Any, now: int) -> bool:
         return False
     counters[ERROR_TOKENS] = tokens - 1
     return True
+
+
+def count_lost(counters: Array, packets: int) -> None:
+    """Count packets that the operating system lost before they could be read: they came, and were dropped."""
+    counters[RECEIVED] += np.uint64(packets)
+    counters[Reason.OVERLOAD_RX_RING] += np.uint64(packets)
 
 
 def balance(counters: Any) -> tuple[int, dict[Verdict, int]]:

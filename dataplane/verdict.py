@@ -49,7 +49,6 @@ class Reason(IntEnum):
     ARP_LEARN = 8, Verdict.QUEUE, "arp", "tells the address of a neighbor on the uplink"
     NEIGH_RESOLVE = 9, Verdict.QUEUE, "route", "waits until its next hop's address is known"
     LOCAL_DELIVERY = 10, Verdict.QUEUE, "route", "addressed to the node itself"
-    NEIGH_PROBE = 11, Verdict.QUEUE, "guard", "NDP, answered by the slow path"
 
     # Dropped. The names are those that operators know from conntrack, MetalLB and Cilium.
     L2_TOO_SHORT = 32, Verdict.DROP, "parse", "shorter than its headers say"

@@ -54,13 +54,13 @@ def _decide(data: Any, packets: Any, i: int, tables: Any) -> int:
     at, iif = int(packets["l3"][i]), int(packets["iif"][i])
     start = int(packets["start"][i])
     if not wire.valid(data, at, start + int(packets["length"][i])):
-        return int(Reason.ARP_MALFORMED)
+        return Reason.ARP_MALFORMED
     target = wire.target_ip(data, at)
     if target >> 28 == 0xE or target >> 24 == 127 or wire.sender_mac(data, at) & _GROUP:
-        return int(Reason.ARP_MALFORMED)
+        return Reason.ARP_MALFORMED
     # Nothing is learned from a tunnel: VTEPs are configured (Calico's ``nolearning``).
     if int(packets["flags"][i]) & TUNNELED:
-        return int(Reason.ARP_NOT_OWNER)
+        return Reason.ARP_NOT_OWNER
     if interfaces["role"][iif] == Role.POD:
         return _from_pod(data, packets, i, tables)
     return _from_lan(data, at, iif, tables)
@@ -72,26 +72,26 @@ def _from_pod(data: Any, packets: Any, i: int, tables: Any) -> int:
     at, iif = int(packets["l3"][i]), int(packets["iif"][i])
     own = int(tables[INTERFACE_TABLE]["peer_mac"][iif])
     if wire.sender_mac(data, at) != own or ethernet.source(data, packets["start"][i]) != own:
-        return int(Reason.L2_SPOOFED_SRC)
+        return Reason.L2_SPOOFED_SRC
     routes = tables[ROUTES]
-    table = routes[len(routes) - 1]
+    table = routes[-1]
     sender, target = wire.sender_ip(data, at), wire.target_ip(data, at)
     if sender != 0:
         back = route.lookup(routes, 0, V4_PREFIX | sender)
         if back < 0 or table["kind"][back] != Kind.POD or table["oif"][back] != iif:
-            return int(Reason.IP_SPOOFED_SRC)
+            return Reason.IP_SPOOFED_SRC
     if wire.operation(data, at) != _REQUEST:
-        return int(Reason.ARP_NOT_OWNER)
+        return Reason.ARP_NOT_OWNER
     gateway = V4_PREFIX | target == int(tables[SETTINGS][GATEWAY_LO])
     found = route.lookup(routes, 0, V4_PREFIX | target)
-    kind = int(Kind.NONE) if found < 0 else int(table["kind"][found])
+    kind = 0 if found < 0 else int(table["kind"][found])
     if kind == Kind.POD and table["oif"][found] == iif:
-        return int(Reason.ARP_OWN_IP)
+        return Reason.ARP_OWN_IP
     if sender == 0 and (gateway or kind != Kind.LOCAL):
-        return int(Reason.ARP_PROBE)
+        return Reason.ARP_PROBE
     if gateway or kind in (Kind.POD, Kind.LOCAL, Kind.VIA, Kind.TUNNEL):
-        return int(Reason.ARP_ANSWERED)
-    return int(Reason.ARP_NOT_OWNER)
+        return Reason.ARP_ANSWERED
+    return Reason.ARP_NOT_OWNER
 
 
 @kernel
@@ -103,14 +103,14 @@ def _from_lan(data: Any, at: int, iif: int, tables: Any) -> int:
     """
     sender = wire.sender_ip(data, at)
     if sender == 0:
-        return int(Reason.ARP_NOT_OWNER)
+        return Reason.ARP_NOT_OWNER
     if neighbour.find(tables[NEIGHBOURS], iif, 0, V4_PREFIX | sender) >= 0:
-        return int(Reason.ARP_LEARN)
+        return Reason.ARP_LEARN
     routes = tables[ROUTES]
     found = route.lookup(routes, 0, V4_PREFIX | wire.target_ip(data, at))
-    if wire.operation(data, at) == _REQUEST and found >= 0 and routes[len(routes) - 1]["kind"][found] == Kind.LOCAL:
-        return int(Reason.ARP_LEARN)
-    return int(Reason.ARP_NOT_OWNER)
+    if wire.operation(data, at) == _REQUEST and found >= 0 and routes[-1]["kind"][found] == Kind.LOCAL:
+        return Reason.ARP_LEARN
+    return Reason.ARP_NOT_OWNER
 
 
 @kernel

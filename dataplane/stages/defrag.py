@@ -104,7 +104,7 @@ def expire(tables: Any, now: int) -> int:
     for slot in range(ASSEMBLIES):
         if contexts["phase"][slot] == Phase.COLLECTING and int(contexts["deadline"][slot]) <= now:
             dropped += int(contexts["pieces"][slot])
-            _give_up(tables, slot, int(Reason.IP_FRAG_TIMEOUT))
+            _give_up(tables, slot, Reason.IP_FRAG_TIMEOUT)
     return dropped
 
 
@@ -126,21 +126,21 @@ def _collect(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
     more = word & _MORE
     # Only the last fragment may have a length that is not a multiple of 8, and none may be empty (RFC 791).
     if length <= 0 or (more and length & 7) or offset + length > 65535 - (l4 - l3):
-        return int(Reason.IP_BAD_HDR)
+        return Reason.IP_BAD_HDR
     slot = _find(data, packets, i, tables, now)
     if slot < 0:
-        return int(Reason.IP_FRAG_LIMIT)
+        return Reason.IP_FRAG_LIMIT
     contexts, units = tables[ASSEMBLY]
     overlap = _mark(units, slot, offset >> 3, (offset + length + 7) >> 3)
     if overlap == 2:
         # An exact duplicate says nothing new; it is held, and counted, with the rest.
         contexts["pieces"][slot] += 1
-        return int(Reason.FRAGMENT_HELD)
+        return Reason.FRAGMENT_HELD
     ended = int(contexts["total"][slot])
     disagree = ended >= 0 and (offset + length > ended or not more)
     if overlap or disagree or (not more and _beyond(units, slot, offset + length)):
-        _give_up(tables, slot, int(Reason.IP_FRAG_OVERLAP))
-        return int(Reason.IP_FRAG_OVERLAP)
+        _give_up(tables, slot, Reason.IP_FRAG_OVERLAP)
+        return Reason.IP_FRAG_OVERLAP
     base = ASSEMBLY_BASE + slot * SUPER_STRIDE
     copy(data, base + _PAYLOAD + offset, data, l4, length)
     _note(data, packets, i, contexts, slot)
@@ -149,7 +149,7 @@ def _collect(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
         contexts["total"][slot] = offset + length
     if contexts["has_first"][slot] and contexts["received"][slot] == contexts["total"][slot]:
         return _complete(data, packets, i, tables, slot)
-    return int(Reason.FRAGMENT_HELD)
+    return Reason.FRAGMENT_HELD
 
 
 @kernel
@@ -171,7 +171,7 @@ def _find(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
         if contexts["id"][slot] == name and contexts["dst"][slot] == dst and contexts["protocol"][slot] == protocol:
             if int(contexts["deadline"][slot]) > now:
                 return slot
-            _give_up(tables, slot, int(Reason.IP_FRAG_TIMEOUT))
+            _give_up(tables, slot, Reason.IP_FRAG_TIMEOUT)
             free = slot
             held -= 1
     if free < 0 or held >= PER_SOURCE:
@@ -246,8 +246,8 @@ def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
     ecn = int(contexts["ecn"][slot])
     # RFC 3168 5.3: a mark on any piece marks the whole, but Not-ECT next to CE is nonsense and drops.
     if header + total > 65535 or ecn & 0b1001 == 0b1001:
-        _give_up(tables, slot, int(Reason.IP_FRAG_OVERLAP))
-        return int(Reason.IP_FRAG_OVERLAP)
+        _give_up(tables, slot, Reason.IP_FRAG_OVERLAP)
+        return Reason.IP_FRAG_OVERLAP
     base = ASSEMBLY_BASE + slot * SUPER_STRIDE
     l4 = base + _PAYLOAD
     l3 = l4 - header
@@ -272,4 +272,4 @@ def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
     packets["vnet_flags"][i] = 0
     packets["gso_type"][i] = 0
     parse_transport(data, packets, i, l4 + total)
-    return int(Reason.ACCEPTED)
+    return Reason.ACCEPTED

@@ -47,45 +47,45 @@ def _impossible(packets: Any, i: int) -> int:
         source_hi, source_lo = packets["src_hi"][i], packets["src_lo"][i]
         target_hi, target_lo = packets["dst_hi"][i], packets["dst_lo"][i]
         if target_hi >> 56 == 0xFF:
-            return int(Reason.IP_MULTICAST)
+            return Reason.IP_MULTICAST
         if source_hi >> 56 == 0xFF or (source_hi == 0 and source_lo <= 1) or (target_hi == 0 and target_lo <= 1):
-            return int(Reason.IP_MARTIAN)
-        return int(Reason.ACCEPTED)
+            return Reason.IP_MARTIAN
+        return Reason.ACCEPTED
     source, target = int(packets["src_lo"][i]) & 0xFFFF_FFFF, int(packets["dst_lo"][i]) & 0xFFFF_FFFF
     if target >> 28 == 0xE or target == 0xFFFF_FFFF:
-        return int(Reason.IP_MULTICAST)
+        return Reason.IP_MULTICAST
     if source >> 24 in (0, 127) or source >> 28 >= 0xE or target >> 24 in (0, 127) or target >> 28 == 0xF:
-        return int(Reason.IP_MARTIAN)
-    return int(Reason.ACCEPTED)
+        return Reason.IP_MARTIAN
+    return Reason.ACCEPTED
 
 
 @kernel
 def _from_pod(data: Any, packets: Any, i: int, tables: Any) -> int:
     iif = int(packets["iif"][i])
     if ethernet.source(data, packets["start"][i]) != int(tables[INTERFACE_TABLE]["peer_mac"][iif]):
-        return int(Reason.L2_SPOOFED_SRC)
+        return Reason.L2_SPOOFED_SRC
     routes = tables[ROUTES]
-    table = routes[len(routes) - 1]
+    table = routes[-1]
     back = route.lookup(routes, packets["src_hi"][i], packets["src_lo"][i])
     if back < 0 or table["kind"][back] != Kind.POD or table["oif"][back] != iif:
-        return int(Reason.IP_SPOOFED_SRC)
+        return Reason.IP_SPOOFED_SRC
     protocol = int(packets["protocol"][i])
     if protocol == _IPIP or (protocol == _UDP and int(packets["dport"][i]) == int(tables[SETTINGS][TUNNEL_PORT])):
-        return int(Reason.TUNNEL_FROM_POD)
-    return int(Reason.ACCEPTED)
+        return Reason.TUNNEL_FROM_POD
+    return Reason.ACCEPTED
 
 
 @kernel
 def _from_outside(packets: Any, i: int, tables: Any) -> int:
     """Return what is wrong with a packet from LAN or tunnel: its source lives here, or it is meant for the host."""
     routes = tables[ROUTES]
-    kind = routes[len(routes) - 1]["kind"]
+    kind = routes[-1]["kind"]
     back = route.lookup(routes, packets["src_hi"][i], packets["src_lo"][i])
     if back >= 0 and (kind[back] == Kind.POD or kind[back] == Kind.LOCAL or kind[back] == Kind.BLACKHOLE):
-        return int(Reason.IP_MARTIAN)
+        return Reason.IP_MARTIAN
     if int(packets["flags"][i]) & TUNNELED == 0:
         target = route.lookup(routes, packets["dst_hi"][i], packets["dst_lo"][i])
         # The node's own addresses belong to the host's stack, which gets its own copy from the shared uplink.
         if target >= 0 and kind[target] == Kind.LOCAL:
-            return int(Reason.HOST_OWNED)
-    return int(Reason.ACCEPTED)
+            return Reason.HOST_OWNED
+    return Reason.ACCEPTED

@@ -58,10 +58,10 @@ def parse_frame(data: Any, packets: Any, i: int, station: int) -> int:
     """
     start, length = int(packets["start"][i]), int(packets["length"][i])
     if length < ethernet.HEADER:
-        return int(Reason.L2_TOO_SHORT)
+        return Reason.L2_TOO_SHORT
     destination = load48(data, start)
     if destination != station and not destination & _GROUP:
-        return int(Reason.L2_OTHER_MAC)
+        return Reason.L2_OTHER_MAC
     kind = load16(data, start + 12)
     packets["ethertype"][i] = kind
     packets["l3"][i] = start + ethernet.HEADER
@@ -75,18 +75,18 @@ def parse_frame(data: Any, packets: Any, i: int, station: int) -> int:
     if kind == ethernet.ETHERTYPE_IPV6:
         return _parse_ipv6(data, packets, i, start + length)
     if kind == ethernet.ETHERTYPE_ARP:
-        return int(Reason.ACCEPTED)
-    return int(Reason.L2_BAD_ETHERTYPE)
+        return Reason.ACCEPTED
+    return Reason.L2_BAD_ETHERTYPE
 
 
 @kernel
 def _parse_ipv4(data: Any, packets: Any, i: int, end: int) -> int:
     l3 = int(packets["l3"][i])
     if not ipv4.valid(data, l3, end):
-        return int(Reason.IP_BAD_HDR)
+        return Reason.IP_BAD_HDR
     header = (load8(data, l3) & 15) * 4
     if checksum.fold(checksum.sum16(data, l3, header, 0)) != 0xFFFF:
-        return int(Reason.IP_BAD_CSUM)
+        return Reason.IP_BAD_CSUM
     total = load16(data, l3 + 2)
     packets["length"][i] = ethernet.HEADER + total
     packets["tos"][i] = load8(data, l3 + 1)
@@ -108,14 +108,14 @@ def _parse_ipv4(data: Any, packets: Any, i: int, end: int) -> int:
     packets["flags"][i] = flags & 0xFFFF
     if word & _OFFSET == 0:
         parse_transport(data, packets, i, l3 + total)
-    return int(Reason.ACCEPTED)
+    return Reason.ACCEPTED
 
 
 @kernel
 def _parse_ipv6(data: Any, packets: Any, i: int, end: int) -> int:
     l3 = int(packets["l3"][i])
     if not ipv6.valid(data, l3, end):
-        return int(Reason.IP_BAD_HDR)
+        return Reason.IP_BAD_HDR
     total = ipv6.HEADER + load16(data, l3 + 4)
     packets["length"][i] = ethernet.HEADER + total
     packets["tos"][i] = load16(data, l3) >> 4 & 0xFF
@@ -126,7 +126,7 @@ def _parse_ipv6(data: Any, packets: Any, i: int, end: int) -> int:
     packets["dst_lo"][i] = load64(data, l3 + 32)
     upper = ipv6.upper(data, l3, l3 + total)
     if upper < 0:
-        return int(Reason.IP_BAD_HDR)
+        return Reason.IP_BAD_HDR
     packets["protocol"][i] = upper >> 8 & 0xFF
     packets["l4"][i] = upper >> 16
     flags = int(packets["flags"][i]) & ~FRAGMENT | IPV6 | DONT_FRAGMENT
@@ -135,7 +135,7 @@ def _parse_ipv6(data: Any, packets: Any, i: int, end: int) -> int:
     packets["flags"][i] = flags & 0xFFFF
     if upper & 2 == 0:
         parse_transport(data, packets, i, l3 + total)
-    return int(Reason.ACCEPTED)
+    return Reason.ACCEPTED
 
 
 @kernel

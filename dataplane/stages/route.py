@@ -44,7 +44,7 @@ def route(batch: Any, count: int, tables: Any, now: int) -> None:
     data, packets = batch
     verdict, reason, row = packets["verdict"], packets["reason"], packets["route"]
     routes = tables[ROUTES]
-    table = routes[len(routes) - 1]
+    table = routes[-1]
     # Two passes: the lookup's cache misses of all packets overlap instead of adding up.
     for i in range(count):
         if verdict[i] == Verdict.ACCEPT:
@@ -70,26 +70,26 @@ def route(batch: Any, count: int, tables: Any, now: int) -> None:
 def _forward(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
     row = int(packets["route"][i])
     if row < 0:
-        return int(Reason.ROUTE_NONE)
+        return Reason.ROUTE_NONE
     routes = tables[ROUTES]
-    hop = routes[len(routes) - 1][row]
+    hop = routes[-1][row]
     kind = int(hop["kind"])
     if kind == Kind.BLACKHOLE:
-        return int(Reason.ROUTE_BLACKHOLE)
+        return Reason.ROUTE_BLACKHOLE
     if kind == Kind.UNREACHABLE:
-        return int(Reason.ROUTE_UNREACHABLE)
+        return Reason.ROUTE_UNREACHABLE
     if kind == Kind.LOCAL:
-        return int(Reason.LOCAL_DELIVERY)
+        return Reason.LOCAL_DELIVERY
     injected = int(packets["flags"][i]) & INJECTED
     if not injected and int(packets["ttl"][i]) <= 1:
-        return int(Reason.IP_TTL)
+        return Reason.IP_TTL
     oif, mtu = int(hop["oif"]), int(hop["mtu"])
     if kind == Kind.TUNNEL:
         peer = int(hop["vtep"])
         if peer < 0:
-            return int(Reason.TUNNEL_NO_VTEP)
+            return Reason.TUNNEL_NO_VTEP
         vteps = tables[VTEPS]
-        vtep = vteps[len(vteps) - 1][peer]
+        vtep = vteps[-1][peer]
         oif, mtu = int(vtep["oif"]), int(vtep["mtu"])
         packets["vtep"][i] = peer
     interface = tables[INTERFACE_TABLE][oif]
@@ -99,16 +99,16 @@ def _forward(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
     if not _fits(data, packets, i, mtu):
         packets["oif"][i] = 0
         packets["vtep"][i] = -1
-        return int(Reason.MTU_DF)
+        return Reason.MTU_DF
     if not injected:
         _decrement_ttl(data, packets, i)
     if kind == Kind.TUNNEL:
-        return int(Reason.ACCEPTED)
+        return Reason.ACCEPTED
     frame = int(packets["l3"][i]) - ethernet.HEADER
     ethertype = int(packets["ethertype"][i])
     if kind == Kind.POD:
         ethernet.emit(data, frame, int(interface["peer_mac"]), int(interface["mac"]), ethertype)
-        return int(Reason.ACCEPTED)
+        return Reason.ACCEPTED
     on_link = hop["gateway_hi"] == 0 and hop["gateway_lo"] == 0
     packets["next_hi"][i] = packets["dst_hi"][i] if on_link else hop["gateway_hi"]
     packets["next_lo"][i] = packets["dst_lo"][i] if on_link else hop["gateway_lo"]
@@ -122,16 +122,16 @@ def _resolve(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
     oif = int(packets["oif"][i])
     found = neighbour.find(neighbours, oif, packets["next_hi"][i], packets["next_lo"][i])
     if found < 0:
-        return int(Reason.NEIGH_RESOLVE)
-    entry = neighbours[len(neighbours) - 1][found]
+        return Reason.NEIGH_RESOLVE
+    entry = neighbours[-1][found]
     state = int(entry["state"])
     if state < State.REACHABLE or state == State.FAILED:
-        return int(Reason.NEIGH_RESOLVE)
+        return Reason.NEIGH_RESOLVE
     entry["used_ns"] = now
     frame = int(packets["l3"][i]) - ethernet.HEADER
     ours = int(tables[INTERFACE_TABLE]["mac"][oif])
     ethernet.emit(data, frame, int(entry["mac"]), ours, int(packets["ethertype"][i]))
-    return int(Reason.ACCEPTED)
+    return Reason.ACCEPTED
 
 
 @kernel

@@ -77,28 +77,28 @@ def _unwrap(data: Any, packets: Any, i: int, tables: Any) -> int:
     settings, vteps = tables[SETTINGS], tables[VTEPS]
     sender = vtep.find(vteps, packets["src_hi"][i], packets["src_lo"][i])
     if sender < 0:
-        return int(Reason.TUNNEL_SRC_NOT_NODE)
+        return Reason.TUNNEL_SRC_NOT_NODE
     l3, l4 = int(packets["l3"][i]), int(packets["l4"][i])
     end = int(packets["start"][i]) + int(packets["length"][i])
     if not udp.valid(data, l4, end):
-        return int(Reason.TUNNEL_TRUNCATED)
+        return Reason.TUNNEL_TRUNCATED
     if not _outer_checksum_ok(data, packets, i):
-        return int(Reason.TUNNEL_CSUM)
+        return Reason.TUNNEL_CSUM
     at = l4 + udp.HEADER
     if not wire.valid(data, at, end) or at + wire.HEADER + ethernet.HEADER > end:
-        return int(Reason.TUNNEL_TRUNCATED)
+        return Reason.TUNNEL_TRUNCATED
     if not wire.flags_ok(data, at):
-        return int(Reason.TUNNEL_BAD_FLAGS)
+        return Reason.TUNNEL_BAD_FLAGS
     if not wire.reserved_ok(data, at):
-        return int(Reason.TUNNEL_RESERVED)
+        return Reason.TUNNEL_RESERVED
     if wire.vni(data, at) != int(settings[VNI]):
-        return int(Reason.TUNNEL_VNI)
+        return Reason.TUNNEL_VNI
     inner, mine = at + wire.HEADER, int(settings[VTEP_MAC])
     if ethernet.source(data, inner) == mine:
-        return int(Reason.TUNNEL_OWN_MAC)
+        return Reason.TUNNEL_OWN_MAC
     to = ethernet.destination(data, inner)
     if to != mine and not to & _GROUP:
-        return int(Reason.TUNNEL_INNER_MAC)
+        return Reason.TUNNEL_INNER_MAC
     outer_tos = load8(data, l3 + 1)
     packets["start"][i] = inner
     packets["length"][i] = end - inner
@@ -107,7 +107,7 @@ def _unwrap(data: Any, packets: Any, i: int, tables: Any) -> int:
     why = parse_frame(data, packets, i, mine)
     if why != Reason.ACCEPTED:
         return why
-    table = vteps[len(vteps) - 1]
+    table = vteps[-1]
     table["rx_packets"][sender] += 1
     table["rx_bytes"][sender] += int(packets["length"][i])
     _pass_checksum_state(data, packets, i, int(settings[POD_MTU]))
@@ -131,16 +131,16 @@ def _outer_checksum_ok(data: Any, packets: Any, i: int) -> bool:
 def _merge_ecn(data: Any, packets: Any, i: int, outer_tos: int) -> int:
     """Carry congestion marks of the path inward (RFC 6040 4.2)."""
     if outer_tos & 3 != _CE or packets["ethertype"][i] == ethernet.ETHERTYPE_ARP:
-        return int(Reason.ACCEPTED)
+        return Reason.ACCEPTED
     tos, l3 = int(packets["tos"][i]), int(packets["l3"][i])
     if tos & 3 == 0:
-        return int(Reason.TUNNEL_ECN)
+        return Reason.TUNNEL_ECN
     if int(packets["flags"][i]) & IPV6:
         ipv6.set_traffic_class(data, l3, tos | _CE)
     else:
         ipv4.set_tos(data, l3, tos | _CE)
     packets["tos"][i] = tos | _CE
-    return int(Reason.ACCEPTED)
+    return Reason.ACCEPTED
 
 
 @kernel
@@ -173,7 +173,7 @@ def encapsulate(batch: Any, count: int, tables: Any, now: int) -> None:
     data, packets = batch
     verdict, row, flags = packets["verdict"], packets["vtep"], packets["flags"]
     vteps = tables[VTEPS]
-    table = vteps[len(vteps) - 1]
+    table = vteps[-1]
     for i in range(count):
         if verdict[i] != Verdict.ACCEPT or row[i] < 0 or flags[i] & ENCAPSULATED:
             continue
