@@ -36,8 +36,8 @@ CONTROL_WORDS: Final = 8
 OWNER: Final = CONTROL + _SLOTS * CONTROL_WORDS  # the row of a queued message
 WIRE: Final = OWNER + MESSAGES  # and the bytes it counts for
 FREE: Final = WIRE + MESSAGES  # numbers of the super slots that the burst has not used
-ORDER: Final = FREE + SUPERS  # rows for the tunnel, as they came ...
-SORTED: Final = ORDER + ROWS  # ... and by socket
+ORDER: Final = FREE + SUPERS  # rows for the tunnel, as they came
+SORTED: Final = ORDER + ROWS  # all rows to send, those for the tunnel last and by socket
 
 # words: the queue of messages, all for one file
 PENDING: Final = SORTED + ROWS
@@ -90,6 +90,7 @@ class IoBuffers:
 
     def __init__(self) -> None:
         self.words: Array = np.zeros(_WORDS, np.int64)
+        self.words[SOCKET_SPAN] = 1
         self.octets: Array = np.zeros(_OCTETS, np.uint8)
 
     @property

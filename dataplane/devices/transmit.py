@@ -48,26 +48,13 @@ def transmit(batch: Any, count: int, interfaces: Array, io: Any) -> int:
         interfaces: ``(n,)`` of ``INTERFACE``.
         io: ``IoBuffers.arrays``.
     """
-    _, packets = batch
+    data, packets = batch
     words, _ = io
     words[OUTBOX_USED] = 0
     words[OUTBOX_FILLED] = 0
-    tunneled = 0
-    for row in range(count):
-        if not _leaves(packets, row):
-            continue
-        oif = int(packets["oif"][row])
-        if oif >= len(interfaces) or not interfaces["flags"][oif] & UP or interfaces["driver"][oif] == Driver.NONE:
-            packets["verdict"][row] = Verdict.DROP
-            packets["reason"][row] = Reason.DEVICE_DOWN
-            continue
-        if interfaces["driver"][oif] == Driver.VXLAN_SOCKET:
-            words[ORDER + tunneled] = row
-            tunneled += 1
-            continue
-        _send(batch, row, interfaces, io, oif, int(interfaces["fd"][oif]))
-    if tunneled > 0:
-        _send_tunneled(batch, tunneled, interfaces, io)
+    leaving = _arrange(data, packets, count, interfaces, words)
+    for k in range(leaving):
+        _send(batch, int(words[SORTED + k]), interfaces, io)
     flush(batch, interfaces, io)
     sent = 0
     for row in range(count):
@@ -84,11 +71,63 @@ def _leaves(packets: Array, row: int) -> bool:
 
 
 @kernel
-def _send(batch: Any, row: int, interfaces: Array, io: Any, oif: int, fd: int) -> None:
+def _arrange(data: Array, packets: Array, count: int, interfaces: Array, words: Array) -> int:
+    """List the rows to send at ``SORTED``, those for the tunnel last and socket by socket; return how many.
+
+    A counting sort keeps each flow's order, since a flow has one socket; more messages then fit one call.
+    """
+    plain, tunneled = 0, 0
+    for row in range(count):
+        if not _leaves(packets, row):
+            continue
+        oif = int(packets["oif"][row])
+        if oif >= len(interfaces) or not interfaces["flags"][oif] & UP or interfaces["driver"][oif] == Driver.NONE:
+            packets["verdict"][row] = Verdict.DROP
+            packets["reason"][row] = Reason.DEVICE_DOWN
+        elif interfaces["driver"][oif] == Driver.VXLAN_SOCKET:
+            words[ORDER + tunneled] = row
+            tunneled += 1
+        else:
+            words[SORTED + plain] = row
+            plain += 1
+    if tunneled > 0:
+        for k in range(MAX_SOCKETS + 1):
+            words[SOCKET_FILL + k] = 0
+        for k in range(tunneled):
+            words[SOCKET_FILL + 1 + _socket_of(data, packets, words, int(words[ORDER + k]))] += 1
+        for k in range(MAX_SOCKETS):
+            words[SOCKET_FILL + k + 1] += words[SOCKET_FILL + k]
+        for k in range(tunneled):
+            place = SOCKET_FILL + _socket_of(data, packets, words, int(words[ORDER + k]))
+            words[SORTED + plain + words[place]] = words[ORDER + k]
+            words[place] += 1
+    return plain + tunneled
+
+
+@kernel
+def _socket_of(data: Array, packets: Array, words: Array, row: int) -> int:
+    """Return the number of the socket whose port is nearest to the outer source port of ``row``."""
+    sport = load16(data, int(packets["start"][row]) + 34)
+    sockets = int(words[SOCKETS])
+    bucket = (sport - int(words[SOCKET_LOW])) * sockets // int(words[SOCKET_SPAN])
+    return max(min(bucket, sockets - 1), 0)
+
+
+@kernel
+def _send(batch: Any, row: int, interfaces: Array, io: Any) -> None:
     """Send one row, in the form that the device takes."""
     data, packets = batch
+    words, _ = io
+    oif, tunneled = int(packets["oif"][row]), bool(packets["flags"][row] & ENCAPSULATED)
+    fd = int(interfaces["fd"][oif])
+    if interfaces["driver"][oif] == Driver.VXLAN_SOCKET:
+        if not tunneled:
+            reject(packets, interfaces, row, oif, EINVAL)
+            return
+        if words[SOCKETS] > 0:
+            fd = int(words[SOCKET_FDS + _socket_of(data, packets, words, row)])
     # The virtio header cannot describe a checksum or segments inside a tunnel.
-    raw = not interfaces["flags"][oif] & OFFLOAD or packets["flags"][row] & ENCAPSULATED
+    raw = tunneled or not interfaces["flags"][oif] & OFFLOAD
     if packets["gso_type"][row] != virtio.GSO_NONE:
         if raw:
             segment(batch, row, interfaces, io, oif, fd)
@@ -165,41 +204,3 @@ def _header_length(data: Array, packets: Array, row: int) -> int:
     if int(packets["gso_type"][row]) & ~virtio.GSO_ECN == virtio.GSO_UDP_L4:
         return l4 + 8 - start
     return min(l4 + (load8(data, l4 + 12) >> 4) * 4, end) - start
-
-
-@kernel
-def _socket_of(data: Array, packets: Array, words: Array, row: int) -> int:
-    """Return the number of the socket whose port is nearest to the outer source port of ``row``."""
-    sport = load16(data, int(packets["start"][row]) + 34)
-    sockets = int(words[SOCKETS])
-    bucket = (sport - int(words[SOCKET_LOW])) * sockets // int(words[SOCKET_SPAN])
-    return max(min(bucket, sockets - 1), 0)
-
-
-@kernel
-def _send_tunneled(batch: Any, count: int, interfaces: Array, io: Any) -> None:
-    """Send the rows listed at ``ORDER`` socket by socket, in their order for each: more messages fit one call."""
-    data, packets = batch
-    words, _ = io
-    sockets = int(words[SOCKETS])
-    for k in range(max(sockets, 1) + 1):
-        words[SOCKET_FILL + k] = 0
-    for k in range(count):
-        if sockets > 0:
-            words[SOCKET_FILL + 1 + _socket_of(data, packets, words, int(words[ORDER + k]))] += 1
-    for k in range(sockets):
-        words[SOCKET_FILL + k + 1] += words[SOCKET_FILL + k]
-    for k in range(count):
-        socket = _socket_of(data, packets, words, int(words[ORDER + k])) if sockets > 0 else 0
-        words[SORTED + words[SOCKET_FILL + socket]] = words[ORDER + k]
-        words[SOCKET_FILL + socket] += 1
-    for k in range(count):
-        row = int(words[SORTED + k])
-        oif = int(packets["oif"][row])
-        if not packets["flags"][row] & ENCAPSULATED:
-            reject(packets, interfaces, row, oif, EINVAL)
-            continue
-        fd = int(interfaces["fd"][oif])
-        if sockets > 0:
-            fd = int(words[SOCKET_FDS + min(_socket_of(data, packets, words, row), MAX_SOCKETS - 1)])
-        _send(batch, row, interfaces, io, oif, fd)
