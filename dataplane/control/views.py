@@ -7,7 +7,7 @@ and awk work), ``draw`` one for a terminal, with rich.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dataplane.control.snapshot import (
     Arp,
@@ -23,6 +23,7 @@ from dataplane.control.snapshot import (
     Vteps,
 )
 
+_FOLDED_WIDTH = 24  # of the last column, however narrow the terminal
 PROTO_CALICO = "proto 80"  # what Calico programs is told from the host's own routes by this number
 
 
@@ -41,7 +42,7 @@ class View:
 
 
 def interfaces(snapshot: Interfaces) -> View:
-    """One row per device; the last errno stands at the end."""
+    """One row per device: the pod's MAC or, on the uplink, our own; the last errno stands at the end."""
     return View(
         (
             *(">#", "name", "role", "driver", "state", ">mtu", "mac", "pod", ">rx", ">rx bytes", ">tx", ">tx bytes"),
@@ -50,7 +51,13 @@ def interfaces(snapshot: Interfaces) -> View:
         _rows(
             (
                 *(item["index"], item["name"], item["role"], item["driver"], item["state"], item["mtu"]),
-                *(item["mac"], item["pod"], item["rx_packets"], item["rx_bytes"], item["tx_packets"]),
+                *(
+                    item["peer_mac"] or item["mac"],
+                    item["pod"],
+                    item["rx_packets"],
+                    item["rx_bytes"],
+                    item["tx_packets"],
+                ),
                 *(item["tx_bytes"], item["rx_errors"] + item["tx_errors"], item["rx_dropped"], item["error"]),
             )
             for item in snapshot["interfaces"]
@@ -217,16 +224,21 @@ def _line(columns: Sequence[str], cells: Sequence[str], widths: Sequence[int]) -
 
 
 def draw(view: View) -> None:
-    """Draw the table on the terminal; a line that is too long is folded inside its column."""
+    """Draw the table on the terminal. Only the last column is folded; a table that is still too wide runs over."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
     if view.rows:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for column, heading in zip(view.columns, view.headings, strict=True):
-            table.add_column(heading.upper(), justify="right" if column.startswith(">") else "left", overflow="fold")
+        lines = (view.headings, *view.rows)
+        widths = [max(len(line[at]) for line in lines) for at in range(len(view.columns))]
+        widths[-1] = min(widths[-1], _FOLDED_WIDTH)
+        console.width = max(console.width, sum(widths) + 2 * (len(widths) - 1))
+        table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+        for column, heading, width in zip(view.columns, view.headings, widths, strict=True):
+            side: Literal["right", "left"] = "right" if column.startswith(">") else "left"
+            table.add_column(heading.upper(), justify=side, min_width=width, no_wrap=column != view.columns[-1])
         for row in view.rows:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
