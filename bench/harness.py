@@ -16,7 +16,7 @@ generator::
             )
 
 Every round calls ours, then each reference, in turn (A B A B): a neighbor's noise hits all of them. The ratio is the
-median of the rounds' ratios, not the ratio of medians. The first call of each callable is not counted.
+median of the rounds' ratios, not the ratio of medians. Each turn begins with a call that is not counted.
 
 A case may also measure itself: with another ``unit`` ("Gbit/s", "kpps") each callable returns its figure, more is
 better, and a mark is a ratio that must be reached. Bind loop variables with ``functools.partial``, not in a lambda.
@@ -146,6 +146,7 @@ def _calls_per_round(call: Callable[[], object]) -> int:
 
 def _timer(call: Callable[[], object], calls: int, operations: int) -> Callable[[], float]:
     def take() -> float:
+        call()  # to find its own data in the caches, not its predecessor's
         begin = time.perf_counter_ns()
         for _ in range(calls):
             call()
