@@ -1,0 +1,116 @@
+"""What must work between any two pods, however they are connected: real programs, and what they say.
+
+Each function runs a program in one pod against another and asserts on its output; none has a retry, since a packet that
+is lost on an idle link of this machine is a fault.
+"""
+
+import re
+from pathlib import Path
+
+from tests.netns.harness import Namespace, run
+
+PORT = 5001
+MEGABYTES = 100 * 1000 * 1000
+GATEWAY = "169.254.1.1"
+GATEWAY_MAC = "ee:ee:ee:ee:ee:ee"
+DATAGRAMS = [
+    1,
+    2,
+    3,
+    100,
+    1421,
+    1422,
+    1423,
+    1424,
+    1472,
+    1473,
+    2844,
+    2845,
+    4000,
+    8192,
+    16384,
+    32768,
+    65000,
+    65506,
+    65507,
+]
+
+
+def gateway_answers_arp(pod: Namespace, count: int = 3) -> None:
+    """The address that nobody has is answered with the MAC that everybody has, at once and only once."""
+    output = pod.run("arping", "-i", "eth0", "-c", count, "-W", 0.05, GATEWAY)
+    assert output.count(f"bytes from {GATEWAY_MAC} ({GATEWAY})") == count, output
+    assert f"{count} packets received,   0% unanswered (0 extra)" in output, output
+
+
+def ping(source: Namespace, target: str, count: int = 10, size: int = 56) -> None:
+    """No echo is lost, and none comes twice."""
+    output = source.run("ping", "-n", "-c", count, "-i", 0.01, "-W", 1, "-s", size, target, check=False)
+    assert f"{count} packets transmitted, {count} received, 0% packet loss" in output, output
+    assert "DUP!" not in output, output
+
+
+def tcp(client: Namespace, server: Namespace, address: str, size: int = MEGABYTES) -> None:
+    """A transfer in each direction of one connection arrives unchanged."""
+    listener = server.spawn(*server.tool("tcp", "listen", PORT, size))
+    listener.expect("ready")
+    output = client.run(*client.tool("tcp", "connect", address, PORT, size), timeout=120)
+    assert listener.wait() == 0, listener.output
+    here, there = _digests(output), _digests(listener.output)
+    assert here["sent"] == there["received"], (output, listener.output)
+    assert here["received"] == there["sent"], (output, listener.output)
+
+
+def _digests(output: str) -> dict[str, str]:
+    return dict(re.findall(r"(sent|received) ([0-9a-f]{64})", output))
+
+
+def udp(client: Namespace, server: Namespace, address: str, sizes: list[int] | None = None) -> None:
+    """Datagrams of every size arrive and return unchanged, in one packet or in fragments."""
+    wanted = sizes or DATAGRAMS
+    listener = server.spawn(*server.tool("udp", "listen", PORT))
+    listener.expect("ready")
+    try:
+        output = client.run(*client.tool("udp", "connect", address, PORT, *wanted), timeout=120)
+    finally:
+        listener.stop()
+    assert output.splitlines() == [f"{size} ok" for size in wanted]
+
+
+def too_big_is_reported(source: Namespace, target: str, mtu: int, reporter: str) -> None:
+    """A packet over the MTU that may not be fragmented gives ICMP 3/4 with the MTU, from a router.
+
+    The pod's own link is widened for it, so that the kernel of the pod lets the packet out.
+    """
+    source.ip("link", "set", "eth0", "mtu", mtu + 100)
+    try:
+        output = source.run("ping", "-n", "-c", 1, "-W", 2, "-M", "do", "-s", mtu - 28 + 1, target, check=False)
+    finally:
+        source.ip("link", "set", "eth0", "mtu", mtu)
+        source.ip("route", "flush", "cache")
+    assert f"From {reporter} icmp_seq=1 Frag needed and DF set (mtu = {mtu})" in output, output
+
+
+def hops(source: Namespace, target: str, *options: str) -> list[str]:
+    """Return the addresses that answer traceroute, hop by hop."""
+    output = source.run("traceroute", "-n", "-q", 1, "-w", 2, "-m", 8, *options, target)
+    return re.findall(r"^ *\d+ +([\d.*]+)", output, re.MULTILINE)
+
+
+def nothing_is_malformed(capture: Path, expression: str = "", at_least: int = 1) -> None:
+    """Wireshark decodes the capture without a complaint, with every checksum checked."""
+    checks = [word for name in ("ip", "udp", "tcp") for word in ("-o", f"{name}.check_checksum:TRUE")]
+    expert = _tshark(capture, *checks, "-q", "-z", f"expert,warn{',' + expression if expression else ''}")
+    assert not re.findall(r"^.*(?:[Mm]alformed|[Cc]hecksum|[Tt]runcated|[Bb]ogus).*$", expert, re.MULTILINE), expert
+    frames = _tshark(capture, "-Y", expression or "frame", "-T", "fields", "-e", "frame.number").splitlines()
+    assert len(frames) >= at_least, f"{len(frames)} frames in {capture}"
+
+
+def fields(capture: Path, expression: str, *names: str) -> list[list[str]]:
+    """Return fields of the frames that a Wireshark display filter matches."""
+    wanted = [word for name in names for word in ("-e", name)]
+    return [line.split("\t") for line in _tshark(capture, "-Y", expression, "-T", "fields", *wanted).splitlines()]
+
+
+def _tshark(capture: Path, *arguments: str) -> str:
+    return run(["tshark", "-n", "-r", str(capture), *arguments], timeout=120)
