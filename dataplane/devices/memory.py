@@ -52,10 +52,15 @@ def load(batch: Batch, frames: Sequence[bytes], iif: int, vnet: Sequence[Vnet] =
 
     Returns:
         The number of rows filled.
+
+    Raises:
+        ValueError: A frame is larger than ``SUPER_SIZE``.
     """
     supers = 0
     for row, frame in enumerate(frames):
         large = len(frame) > SMALL_SIZE
+        if len(frame) > SUPER_SIZE:
+            raise ValueError(f"frame {row} has {len(frame)} bytes; a slot has {SUPER_SIZE}")
         if row == ROWS or (large and supers == SUPERS):
             return row
         slot = SUPER_BASE + supers * SUPER_STRIDE if large else row * SMALL_STRIDE

@@ -1,0 +1,104 @@
+"""The uplink: a packet socket on the node's own network interface, beside the host's network stack.
+
+The host sees the same frames as we do; the filter keeps what is not for the pods away from us, the guard stage keeps us
+from answering what the host answers. Frames carry a virtio header in both directions, so the interface's offloads are
+used: super-frames are cut by the hardware, or by the kernel on our behalf.
+"""
+
+import socket
+import struct
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
+
+from dataplane.devices.device import KernelDevice, interface_mac, interface_mtu, translated
+from dataplane.devices.filter import attach, prefix_filter
+from dataplane.tables.interface import Driver
+
+ETH_P_ALL = 0x0003
+SOL_PACKET = 263
+PACKET_STATISTICS = 6
+PACKET_VNET_HDR = 15
+PACKET_IGNORE_OUTGOING = 23  # Linux 4.20
+SO_RCVBUFFORCE = 33
+RECEIVE_BUFFER = 8 << 20  # bytes; the kernel counts whole pages, so some 4000 small frames
+
+_CAPABILITY = "CAP_NET_RAW"
+
+
+class Uplink(KernelDevice):
+    """A packet socket bound to one interface of this namespace.
+
+    Attributes:
+        name: The interface.
+    """
+
+    driver = Driver.PACKET
+
+    def __init__(self, name: str, prefixes: Iterable[IPv4Network | IPv6Network]) -> None:
+        """Open the socket; it takes ARP and what is addressed to ``prefixes``.
+
+        The filter is attached before the socket is bound: no other frame is ever queued.
+
+        Raises:
+            DeviceError: Not permitted, or no such interface.
+            FilterError: Too many prefixes.
+        """
+        super().__init__()
+        self.name = name
+        self._packets = self._drops = 0
+        program = prefix_filter(prefixes)
+        with translated(name, "open a packet socket", _CAPABILITY):
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        try:
+            with translated(name, "set up the packet socket", _CAPABILITY):
+                attach(self._socket, program)
+                self._socket.setblocking(False)
+                self._socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+                self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+                enlarge(self._socket, RECEIVE_BUFFER)
+                self._socket.bind((name, ETH_P_ALL))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def set_prefixes(self, prefixes: Iterable[IPv4Network | IPv6Network]) -> None:
+        """Replace the prefixes whose packets are taken; nothing is lost in between."""
+        program = prefix_filter(prefixes)
+        with translated(self.name, "replace the filter"):
+            attach(self._socket, program)
+
+    def statistics(self) -> tuple[int, int]:
+        """Return how many frames the filter has let through so far, and how many of them were lost for want of room."""
+        with translated(self.name, "read the statistics"):
+            packets, drops = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
+        self._packets += packets  # the kernel starts again from zero at each reading
+        self._drops += drops
+        return self._packets, self._drops
+
+    @property
+    def mac(self) -> int:
+        """The interface's MAC address."""
+        with translated(self.name, "read the MAC address"):
+            return interface_mac(self.name)
+
+    @property
+    def mtu(self) -> int:
+        """Bytes of the largest IP packet."""
+        with translated(self.name, "read the MTU"):
+            return interface_mtu(self.name)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on; -1 when closed."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+def enlarge(sock: socket.socket, size: int) -> None:
+    """Give ``sock`` a receive buffer of ``size`` bytes, or as much as the system allows us."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
