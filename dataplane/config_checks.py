@@ -120,7 +120,7 @@ def _uplink(file: File) -> Iterator[Problem]:
     if not uplink.interface:
         yield Problem(("uplink", "interface"), "missing; expected the name of the host's NIC", ("uplink",))
     if uplink.interface == file.vxlan.interface and file.vxlan.mode != "Never":
-        yield Problem(("vxlan", "interface"), "is the uplink's name", ("uplink", "vxlan"))
+        yield Problem(("uplink", "interface"), f"is also vxlan.interface (got {uplink.interface})", ("vxlan",))
     if not file.node.addresses:
         yield Problem(("node", "addresses"), "missing; expected this node's address on the uplink", ("node",))
     if uplink.mode == "udp" and file.vxlan.mode != "Always":

@@ -1,0 +1,147 @@
+"""Configuration files for tests, and the errors of one as a list."""
+
+from dataplane.config import ConfigError, parse
+
+NODE = """
+[node]
+name = "node1"
+addresses = ["192.0.2.11"]
+[uplink]
+interface = "eth0"
+[pods]
+cidr = ["10.244.1.0/24"]
+[[pods.static]]
+name = "web-0"
+ip = ["10.244.1.10"]
+[[peers]]
+name = "node2"
+address = "192.0.2.12"
+podCIDR = ["10.244.2.0/24"]
+"""
+
+# Every key that a file may have, with a plausible value; the first comments of a section say whose names they are.
+EVERY_KEY = """
+apiVersion = "dataplane/v1"
+kind = "Node"
+[node]
+name = "node1"
+zone = "z1"
+addresses = ["192.0.2.11"]
+netns = ""
+[uplink]
+interface = "eth0"
+mode = "af_packet"
+mtu = 1500
+[pods]
+cidr = ["10.244.1.0/24"]
+mtu = 1450
+gateway = "169.254.1.1"
+gatewayMAC = "ee:ee:ee:ee:ee:ee"
+interfacePrefix = "cali"
+proxyARP = true
+natOutgoing = false
+offload = ["csum", "tso4", "tso6", "uso"]
+[[pods.static]]
+name = "web-0"
+namespace = "default"
+netns = "web-0"
+ip = ["10.244.1.10"]
+mac = "02:00:0a:f4:01:0a"
+labels = { app = "web" }
+bandwidth = { ingress = "100M", egress = "100M" }
+[vxlan]
+mode = "Always"
+vni = 4096
+port = 4789
+interface = "vxlan.calico"
+udpChecksum = false
+[[peers]]
+name = "node2"
+address = "192.0.2.12"
+podCIDR = ["10.244.2.0/24"]
+vtepMAC = "66:00:00:00:00:02"
+[[routes]]
+dst = "198.51.100.0/24"
+via = "192.0.2.1"
+[services]
+clusterCIDR = ["10.244.0.0/16"]
+serviceCIDR = ["10.96.0.0/12"]
+nodePortRange = "30000-32767"
+nodePortAddresses = []
+masqueradeAll = false
+masqueradeBit = 14
+ipvs = { scheduler = "rr", tcpTimeout = "15m", tcpFinTimeout = "2m", udpTimeout = "5m", strictARP = true }
+[services.conntrack]
+max = 262144
+tcpEstablishedTimeout = "24h"
+tcpCloseWaitTimeout = "1h"
+udpTimeout = "30s"
+[[services.static]]
+name = "web"
+namespace = "default"
+type = "LoadBalancer"
+clusterIPs = ["10.96.0.20"]
+ports = [{ name = "http", protocol = "TCP", port = 80, targetPort = 8080, nodePort = 30080 }]
+endpoints = [{ ip = "10.244.1.10", weight = 1 }, { ip = "10.244.2.10", node = "node2" }]
+sessionAffinity = "ClientIP"
+sessionAffinityTimeout = "3h"
+externalTrafficPolicy = "Cluster"
+internalTrafficPolicy = "Cluster"
+loadBalancerClass = ""
+healthCheckNodePort = 0
+[[loadBalancer.ipAddressPools]]
+name = "default"
+addresses = ["192.0.2.200-192.0.2.220", "198.51.100.0/28"]
+autoAssign = true
+avoidBuggyIPs = true
+[[loadBalancer.l2Advertisements]]
+ipAddressPools = ["default"]
+interfaces = ["eth0"]
+[dns]
+clusterDomain = "cluster.local"
+clusterIP = "10.96.0.10"
+ttl = "5s"
+upstreams = []
+[[networkPolicies]]
+name = "allow-web"
+namespace = "default"
+podSelector = { app = "web" }
+policyTypes = ["Ingress"]
+ingress = [{ from = [{ podSelector = { app = "client" } }], ports = [{ protocol = "TCP", port = 8080 }] }]
+[state]
+source = "static"
+kubernetes = { kubeconfig = "" }
+etcd = { endpoints = ["http://127.0.0.1:2379"], prefix = "/dataplane/v1", leaseTTL = "10s" }
+[engine]
+loop = "uvloop"
+kernels = "numba"
+batch = 256
+workers = 1
+busyPollUs = 0
+[api]
+socket = "/run/dataplane/node1.sock"
+cni = true
+[metrics]
+listen = "127.0.0.1:9091"
+[web]
+listen = "127.0.0.1:8090"
+[log]
+level = "info"
+format = "auto"
+[security]
+user = ""
+keepCapabilities = ["CAP_NET_ADMIN", "CAP_NET_RAW"]
+seccomp = true
+[capture]
+dir = "/var/log/dataplane"
+maxSize = "100M"
+"""
+
+
+def errors(source: str) -> list[str]:
+    """Return the errors of a file, ``line: key: text``; an empty list when it is right."""
+    try:
+        parse(source, "")
+    except ConfigError as error:
+        return [line.removeprefix(":") for line in error.errors]
+    return []
