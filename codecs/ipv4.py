@@ -4,8 +4,8 @@ Setters change one 16- or 32-bit word and update the header checksum by RFC 1624
 by the same amount: a corrupted packet is not laundered by forwarding it.
 """
 
+from dataplane.codecs.checksum import LOW32, fold, sum16, update16, update32
 from dataplane.codecs.checksum import checksum as compute
-from dataplane.codecs.checksum import fold, sum16, update16, update32
 from dataplane.jit import Array, copy, kernel, load8, load16, load32, store8, store16, store32
 
 HEADER = 20
@@ -180,14 +180,16 @@ def set_destination(data: Array, at: int, value: int) -> None:
 @kernel
 def emit(data: Array, at: int, source: int, destination: int, protocol: int, total_length: int) -> None:
     """Write a 20-byte header: TTL 64, TOS 0, identification 0, no DF, checksum complete."""
+    fourth = DEFAULT_TTL << 8 | (protocol & 0xFF)
     store16(data, at, 0x4500)
     store16(data, at + 2, total_length)
     store32(data, at + 4, 0)
-    store16(data, at + 8, DEFAULT_TTL << 8 | (protocol & 0xFF))
-    store16(data, at + 10, 0)
+    store16(data, at + 8, fourth)
     store32(data, at + 12, source)
     store32(data, at + 16, destination)
-    finish(data, at)
+    # The sum of the arguments, not of the bytes: loading what was just stored in narrower pieces stalls (7 ns).
+    total = 0x4500 + (total_length & 0xFFFF) + fourth + (source & LOW32) + (destination & LOW32)
+    store16(data, at + 10, fold(total) ^ 0xFFFF)
 
 
 @kernel
@@ -212,9 +214,7 @@ def finish(data: Array, at: int) -> None:
 
 @kernel
 def option_length(data: Array, at: int, end: int) -> int:
-    """Return the bytes of the option at ``at``, or -1 when it does not fit before ``end``, the end of the header."""
-    if at >= end:
-        return -1
+    """Return the bytes of the option at ``at < end``, or -1 when it leaves the header, which stops at ``end``."""
     if load8(data, at) <= OPTION_NOP:
         return 1
     if at + 2 > end:

@@ -227,10 +227,11 @@ def _check_section(body: memoryview, at: int, order: str) -> None:
 
 
 def _options(body: memoryview, start: int, at: int, order: str) -> Iterator[tuple[int, bytes, int]]:
-    """Yield code, value and file offset of each option in ``body[start:]``; ``at`` is the body's place in the file."""
+    """Yield code, value and file offset of each option in ``body[start:]``; ``at`` is the body's place in the file.
+
+    Blocks, ``start`` and padded options are whole 32-bit words, so there is always room for an option's header.
+    """
     while start < len(body):
-        if start + 4 > len(body):
-            raise PcapError(at + start, "option header cut off")
         code, length = struct.unpack_from(order + "HH", body, start)
         if code == OPT_END:
             return

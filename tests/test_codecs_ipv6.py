@@ -148,6 +148,13 @@ def test_the_walk_is_bounded_and_refuses_headers_out_of_place(kinds, found):
     assert (ipv6.upper(data, 0, len(data)) >= 0) == found
 
 
+def test_the_search_for_a_fragment_header_is_bounded():
+    behind_all = chain(*[60] * (ipv6.MAX_EXTENSIONS + 1), 44)
+    data = place(behind_all)
+    assert ipv6.fragment_at(data, 0, len(data)) == -1
+    assert ipv6.fragment_link(data, 0, len(data)) == -1
+
+
 @pytest.mark.parametrize("kind", [0, 43, 44, 51, 60])
 def test_an_extension_header_that_leaves_the_payload_is_malformed(kind):
     whole = chain(kind)
