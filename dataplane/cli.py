@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FAILED, USAGE, NO_PERMISSION, INTERRUPTED = 1, 2, 5, 130
+_PATH = click.Path(readable=False, path_type=Path)  # what may not be read is ours to say, with our exit status
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21}  # linux/capability.h
 
 
@@ -41,35 +42,46 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class _Quiet(click.Group):
+    """A group that says nothing on Ctrl-C; click would print an empty line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+
 @click.group(
+    cls=_Quiet,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit status: 0 done, 1 failed, 2 usage or configuration, 3 not running, 4 not found, 5 no permission.",
 )
 @click.version_option(__version__, prog_name="dataplane", message="%(prog)s %(version)s")
 def cli() -> None:
-    r"""A Kubernetes node's network in one process: pod links, routes, VXLAN, and a reason for every lost packet.
+    """A Kubernetes node's network in one process: pod links, routes, VXLAN, and a reason for every lost packet.
 
     \b
     Start here:
       dataplane run                         a node with two pods (as root)
       dataplane check node.toml             is this file right?
       dataplane show drops                  what was dropped, and why
-    """
+    """  # noqa: D301 - click wants the backspace itself
 
 
 # --- run, check, reload ----------------------------------------------------------------------------------------------
 
 
 @cli.command()
-@click.option("--config", "-c", type=click.Path(path_type=Path), help="The node's file; default: a built-in example.")
+@click.option("--config", "-c", type=_PATH, help="The node's file; default: a built-in example.")
 def run(config: Path | None) -> int:
-    r"""Be the node until Ctrl-C or SIGTERM; SIGHUP reads the file again.
+    """Be the node until Ctrl-C or SIGTERM; SIGHUP reads the file again.
 
     \b
     Examples:
       dataplane run                         one node, two pods, no uplink
       dataplane run --config node.toml
-    """
+    """  # noqa: D301 - click wants the backspace itself
     settings = _load(config)
     missing = missing_capabilities(settings)
     if missing:
@@ -83,29 +95,30 @@ def run(config: Path | None) -> int:
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_PATH)
 def check(file: Path) -> None:
-    r"""Check a configuration FILE without starting anything.
+    """Check a configuration FILE without starting anything.
 
     Prints one line when it is right, else every error with its line, and exits with 2.
 
     \b
     Example:
       dataplane check node.toml && dataplane reload
-    """
+    """  # noqa: D301 - click wants the backspace itself
     settings = _load(file)
     state = settings.state
     uplink = f"uplink {state.uplink.interface}" if state.uplink else "no uplink"
-    counts = ((len(state.pods), "pod"), (len(state.peers), "peer"), (len(state.routes), "static route"))
-    parts = [f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts]
-    click.echo(f"OK {file}: node {state.node.name}, {', '.join(parts)}, {uplink}")
+    pods, peers = _count(len(state.pods), "pod"), _count(len(state.peers), "peer")
+    click.echo(
+        f"OK {file}: node {state.node.name}, {pods}, {peers}, {_count(len(state.routes), 'static route')}, {uplink}"
+    )
 
 
 def _socket_option(command: Command) -> Command:
     return click.option(
         "--socket",
         "path",
-        type=click.Path(path_type=Path),
+        type=_PATH,
         envvar="DATAPLANE_SOCKET",
         help="The node's control socket; default: the only one in /run/dataplane.  [env: DATAPLANE_SOCKET]",
     )(command)
@@ -114,20 +127,20 @@ def _socket_option(command: Command) -> Command:
 @cli.command()
 @_socket_option
 def reload(path: Path | None) -> None:
-    r"""Make the node read its configuration again: all of it, or nothing.
+    """Make the node read its configuration again: all of it, or nothing.
 
     A file with errors is refused whole and listed; so is a change that needs a restart.
 
     \b
     Example:
       dataplane reload --socket /run/dataplane/node1.sock
-    """
+    """  # noqa: D301 - click wants the backspace itself
     from dataplane.control import client
 
     result = _ask(lambda: client.reload(path or client.find_socket()))
     for line in result["applied"]:
         click.echo(line)
-    click.echo(f"OK: {len(result['applied'])} changes")
+    click.echo(f"OK: {_count(len(result['applied']), 'change')}")
 
 
 # --- status and show -------------------------------------------------------------------------------------------------
@@ -150,7 +163,7 @@ def status(output: str, path: Path | None) -> None:
 
 @cli.group()
 def show() -> None:
-    r"""Look into the running node.
+    """Look into the running node.
 
     \b
     Examples:
@@ -158,7 +171,7 @@ def show() -> None:
       dataplane show drops --all
       dataplane show routes -o iproute
       dataplane show counters -o json | jq .dropped
-    """
+    """  # noqa: D301 - click wants the backspace itself
 
 
 @show.command()
@@ -260,6 +273,10 @@ def _ask(request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         for line in error.errors:
             click.echo(line, err=True)
         _fail(f"dataplane: {error}", error.exit_code)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _fail(message: str, code: int) -> NoReturn:
