@@ -5,7 +5,7 @@ generator::
 
     def cases(quick: bool) -> Iterator[Case]:
         table = ...                                   # set up; freed when the generator ends
-        twin = compile_c(SOURCE, "lpm")               # gcc -O3 -march=native, cached outside the tree
+        twin = compile_c(read_c("lpm"), "lpm")        # gcc -O3 -march=native, cached outside the tree
         for batch in BATCHES:
             yield Case(
                 group="lpm 1k routes", batch=batch, what="longest prefix match, 64 k random addresses",
@@ -29,6 +29,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,16 +179,23 @@ def _plain(figure: Figure) -> dict[str, float]:
 
 def compile_c(source: str, name: str) -> ctypes.CDLL:
     """Compile C for this machine (numba does that too) and load it; the library is kept beside the kernels' cache."""
-    command = ["gcc", "-O3", "-march=native", "-shared", "-fPIC", "-Wall", "-x", "c", "-"]
+    headers = Path(__file__).with_name("c")
+    command = ["gcc", "-O3", "-march=native", "-shared", "-fPIC", "-Wall", f"-I{headers}", "-x", "c", "-"]
     folder = cache_home().parent / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256((" ".join(command) + source).encode()).hexdigest()[:16]
+    parts = [*command, source, *(path.read_text() for path in sorted(headers.glob("*.h")))]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{name}-{digest}.so"
     if not library.exists():
         part = library.with_suffix(".part")
         subprocess.run([*command, "-o", str(part)], input=source.encode(), check=True)
         part.rename(library)
     return ctypes.CDLL(str(library))
+
+
+def read_c(name: str) -> str:
+    """Return the text of ``c/NAME.c`` in this folder."""
+    return Path(__file__).with_name("c").joinpath(f"{name}.c").read_text()
 
 
 def bind(function: Any, *arguments: Any) -> Callable[[], object]:

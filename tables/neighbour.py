@@ -52,9 +52,7 @@ def find(arrays: Any, interface: int, hi: Word, lo: Word) -> int:
         hi: Upper half of the address.
         lo: Lower half.
     """
-    slots, key, neighbours = arrays
-    columns = (neighbours["interface"], neighbours["hi"], neighbours["lo"])
-    return index.find(slots, key, columns, interface, hi, lo)
+    return index.find(arrays[0], arrays[1], interface, hi, lo)
 
 
 class NeighbourTable(Rows):

@@ -29,7 +29,6 @@ class Rows:
         self.records: Array = np.zeros(capacity, dtype)
         self._slots = index.make_slots(capacity)
         self._key = make_key(seed)
-        self._columns = (self.records[self.scope], self.records["hi"], self.records["lo"])
         self._free = list(range(capacity - 1, -1, -1))
         self._used: dict[int, None] = {}
         self.arrays = (self._slots, self._key, self.records)
@@ -43,7 +42,7 @@ class Rows:
 
     def _find(self, scope: int, address: Address | str) -> int:
         hi, lo = halves(address)
-        return int(index.find(self._slots, self._key, self._columns, scope, np.uint64(hi), np.uint64(lo)))
+        return int(index.find(self._slots, self._key, scope, np.uint64(hi), np.uint64(lo)))
 
     def _insert(self, scope: int, address: Address | str) -> int:
         """Return the row of an address, a zeroed new one if it is not in."""
@@ -53,19 +52,19 @@ class Rows:
         if not self._free:
             raise TableFullError(self.name, len(self), self.capacity)
         row = self._free[-1]
-        record = self.records[row]
-        record[self.scope] = scope
-        record["hi"], record["lo"] = halves(address)
-        if index.insert(self._slots, self._key, self._columns, row) == FULL:
-            self.records[row] = np.zeros((), self.records.dtype)
+        hi, lo = halves(address)
+        if index.insert(self._slots, self._key, scope, np.uint64(hi), np.uint64(lo), row) == FULL:
             raise TableFullError(self.name, len(self), self.capacity)
         self._free.pop()
         self._used[row] = None
+        record = self.records[row]
+        record[self.scope], record["hi"], record["lo"] = scope, hi, lo
         return row
 
     def _delete(self, row: int) -> None:
         """Free a row that is in use; its record becomes zeros."""
         del self._used[row]
-        index.delete(self._slots, self._key, self._columns, row)
+        record = self.records[row]
+        index.delete(self._slots, self._key, int(record[self.scope]), record["hi"], record["lo"], row)
         self.records[row] = np.zeros((), self.records.dtype)
         self._free.append(row)

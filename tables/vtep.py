@@ -40,8 +40,7 @@ def find(arrays: Any, hi: Word, lo: Word) -> int:
         hi: Upper half of the address.
         lo: Lower half.
     """
-    slots, key, vteps = arrays
-    return index.find(slots, key, (vteps["scope"], vteps["hi"], vteps["lo"]), 0, hi, lo)
+    return index.find(arrays[0], arrays[1], 0, hi, lo)
 
 
 class VtepTable(Rows):

@@ -1,5 +1,6 @@
 """The neighbor and the VTEP table against a dict; the index under collisions."""
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from dataplane.tables.hash import make_key
 from dataplane.tables.neighbour import NEIGHBOUR, NeighbourTable, State
 from dataplane.tables.result import FULL, MISS, TableFullError
 from dataplane.tables.vtep import VTEP, VtepTable
+from tests import naive
 
 CAPACITY = 6
 INTERFACE = st.integers(1, 3)
@@ -120,7 +122,7 @@ def test_a_deleted_vtep_is_no_node_any_more():
 
 
 def test_records_fill_whole_cache_lines():
-    assert (NEIGHBOUR.itemsize, VTEP.itemsize, index.SLOT.itemsize) == (64, 128, 8)
+    assert (NEIGHBOUR.itemsize, VTEP.itemsize, index.SLOT.itemsize) == (64, 128, 32)
 
 
 class Collisions:
@@ -128,29 +130,18 @@ class Collisions:
 
     def __init__(self, home: int, count: int) -> None:
         self.slots, self.key = index.make_slots(16), make_key(3)
-        self.records = np.zeros(count + 1, VTEP)
-        self.columns = (self.records["scope"], self.records["hi"], self.records["lo"])
-        self.crafted: list[int] = []
-        lo = 0
-        while len(self.crafted) < count:
-            lo += 1
-            self.records["lo"][count] = lo
-            index.insert(self.slots, self.key, self.columns, count)
-            at = int(np.flatnonzero(self.slots["row"])[0])
-            index.delete(self.slots, self.key, self.columns, count)
-            if at == home:
-                self.crafted.append(lo)
-        self.records["lo"][:count] = self.crafted
+        mask = len(self.slots) - 1
+        words = (lo for lo in range(1, 1 << 16) if naive.hash3([0, lo, 0], self.key.tolist()) & mask == home)
+        self.crafted = [np.uint64(lo) for lo in islice(words, count)]
 
     def insert(self, row: int) -> int:
-        return int(index.insert(self.slots, self.key, self.columns, row))
+        return int(index.insert(self.slots, self.key, 0, np.uint64(0), self.crafted[row], row))
 
     def delete(self, row: int) -> int:
-        return int(index.delete(self.slots, self.key, self.columns, row))
+        return int(index.delete(self.slots, self.key, 0, np.uint64(0), self.crafted[row], row))
 
     def find(self, row: int) -> int:
-        lo = np.uint64(self.crafted[row])
-        return int(index.find(self.slots, self.key, self.columns, 0, np.uint64(0), lo))
+        return int(index.find(self.slots, self.key, 0, np.uint64(0), self.crafted[row]))
 
 
 def test_an_index_refuses_what_would_be_too_far_from_home():
@@ -174,3 +165,12 @@ def test_a_delete_leaves_no_hole_before_those_it_had_pushed_away():
     assert [collisions.find(row) for row in (1, 2, 4, 6, 7)] == [1, 2, 4, 6, 7]
     assert collisions.insert(5) == 5
     assert np.count_nonzero(collisions.slots["row"]) == 6
+
+
+def test_the_zero_address_is_a_key_like_any_other():
+    table = NeighbourTable(4)
+    assert find(table, 0, "::") == MISS
+    row = table.insert(0, "::")
+    assert find(table, 0, "::") == row
+    table.delete(row)
+    assert find(table, 0, "::") == MISS
