@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-FAILED, USAGE, NO_PERMISSION, INTERRUPTED = 1, 2, 5, 130
+FAILED, NO_PERMISSION, INTERRUPTED = 1, 5, 130
 _PATH = click.Path(readable=False, path_type=Path)  # what may not be read is ours to say, with our exit status
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21}  # linux/capability.h
 
@@ -86,10 +86,10 @@ def run(config: Path | None) -> int:
     missing = missing_capabilities(settings)
     if missing:
         _fail(f"no permission: needs {' and '.join(missing)}; run as root", NO_PERMISSION)
-    from dataplane import node
+    from dataplane import daemon
 
     try:
-        return node.run(settings)
+        return daemon.run(settings)
     except PermissionError as error:
         _fail(f"no permission: {error.filename or ''} {error.strerror or error}".replace(":  ", ": "), NO_PERMISSION)
 
@@ -259,9 +259,7 @@ def _load(path: Path | None) -> "Settings":
     try:
         return load(path)
     except ConfigError as error:
-        _fail(str(error), USAGE)
-    except PermissionError:
-        _fail(f"{path}: no permission to read the file", NO_PERMISSION)
+        _fail(str(error), error.exit_code)
 
 
 def _ask(request: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -43,11 +43,20 @@ class ConfigError(Exception):
 
     Attributes:
         errors: One line each, ``file:line: key: text``, in the order of the file.
+        exit_code: What the command exits with.
     """
+
+    exit_code = 2
 
     def __init__(self, errors: tuple[str, ...]) -> None:
         super().__init__("\n".join(errors))
         self.errors = errors
+
+
+class UnreadableError(ConfigError):
+    """A file that may not be read."""
+
+    exit_code = 5
 
 
 def load(path: Path | None = None) -> desired.Settings:
@@ -55,7 +64,6 @@ def load(path: Path | None = None) -> desired.Settings:
 
     Raises:
         ConfigError: With every problem of the file.
-        PermissionError: The file may not be read.
     """
     return parse(_read(path or DEFAULT), path or DEFAULT, path)
 
@@ -140,7 +148,7 @@ def _read(path: Path) -> str:
     except IsADirectoryError:
         raise ConfigError((f"{path}: is a directory; expected a TOML file",)) from None
     except PermissionError:
-        raise
+        raise UnreadableError((f"{path}: no permission to read the file",)) from None
     except OSError as error:
         raise ConfigError((f"{path}: {(error.strerror or str(error)).lower()}",)) from None
     try:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,15 +23,19 @@ from dataplane.control.reconcile import (
     SetRoute,
     Source,
     plan,
+    process_keys,
     routes,
 )
 from dataplane.control.state import (
     DesiredState,
+    Engine,
+    Log,
     Network,
     Node,
     Peer,
     Pod,
     PodNetwork,
+    Settings,
     StaticRoute,
     Uplink,
     Vxlan,
@@ -294,6 +299,13 @@ def test_what_is_fixed_for_a_running_node_is_named_and_nothing_else_is_planned(c
     (edit,) = plan(state(), state(**{"pods": (pod("web-0"),)} | changes))
     assert edit == NeedsRestart((key,))
     assert str(edit) == f"cannot be changed while running: {key}; restart the node to apply"
+
+
+def test_what_concerns_the_process_is_named_too():
+    old = Settings(state())
+    new = replace(old, engine=Engine(batch=64), socket=Path("/x.sock"), metrics=("", 9091), log=Log("debug"))
+    assert process_keys(old, old) == ()
+    assert process_keys(old, new) == ("engine", "api.socket", "metrics.listen", "log")
 
 
 def test_always_and_cross_subnet_change_while_packets_flow():

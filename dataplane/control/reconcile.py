@@ -17,7 +17,7 @@ from enum import IntEnum
 from ipaddress import ip_network
 from typing import Generic, Literal, TypeAlias, TypeVar
 
-from dataplane.control.state import Address, DesiredState, Network, Node, Peer, Pod, PodNetwork, StaticRoute
+from dataplane.control.state import Address, DesiredState, Network, Node, Peer, Pod, PodNetwork, Settings, StaticRoute
 
 RouteKind: TypeAlias = Literal["pod", "local", "via", "tunnel", "blackhole", "unreachable"]
 
@@ -249,6 +249,17 @@ def restart_keys(old: DesiredState, new: DesiredState) -> tuple[str, ...]:
         "pods.gatewayMAC": (old.pod_network.gateway_mac, new.pod_network.gateway_mac),
         "pods.interfacePrefix": (old.pod_network.interface_prefix, new.pod_network.interface_prefix),
         "pods.offload": (old.pod_network.offload, new.pod_network.offload),
+    }
+    return tuple(key for key, (before, after) in pairs.items() if before != after)
+
+
+def process_keys(old: Settings, new: Settings) -> tuple[str, ...]:
+    """Name the keys beside the desired state that differ; all of them are read at the start only."""
+    pairs: dict[str, tuple[object, object]] = {
+        "engine": (old.engine, new.engine),
+        "api.socket": (old.socket, new.socket),
+        "metrics.listen": (old.metrics, new.metrics),
+        "log": (old.log, new.log),
     }
     return tuple(key for key, (before, after) in pairs.items() if before != after)
 

@@ -1,0 +1,37 @@
+"""What a person at the terminal sees when the node is up: the devices, and lines to try."""
+
+from dataplane.control.snapshot import Interfaces
+from dataplane.control.state import Pod, Settings
+
+
+def show(interfaces: Interfaces, settings: Settings) -> None:
+    """Print the table of pods and a few commands that work right now."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    states = {row["pod"]: row["state"] for row in interfaces["interfaces"] if row["pod"]}
+    table = Table(box=None, pad_edge=False)
+    for column in ("POD", "ADDRESS", "NETNS", "MAC", "MTU", "STATE"):
+        table.add_column(column)
+    for pod in settings.state.pods:
+        addresses = ",".join(str(address) for address in pod.addresses)
+        mac = ":".join(f"{byte:02x}" for byte in pod.mac.to_bytes(6))
+        table.add_row(pod.id, addresses, pod.netns, mac, str(pod.mtu), states.get(pod.id, "?"))
+    console.print(table)
+    console.print("\nTry, in another terminal:")
+    for line in suggestions(settings.state.pods):
+        console.print(f"  {line}")
+    console.print("\nCtrl-C stops the node and takes everything away again.")
+
+
+def suggestions(pods: tuple[Pod, ...]) -> list[str]:
+    """Return commands to try with these pods."""
+    lines = []
+    if len(pods) > 1:
+        server, client = pods[0], pods[1]
+        inside = f"ip netns exec {client.netns}"
+        lines.append(f"{inside} ping -c 3 {server.addresses[0]}")
+        lines.append(f"{inside} traceroute -n {server.addresses[0]}")
+        lines.append(f"ip netns exec {server.netns} iperf3 -s -1 & {inside} iperf3 -c {server.addresses[0]}")
+    return [*lines, "dataplane show counters", "dataplane show drops"]
