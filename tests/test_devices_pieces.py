@@ -1,5 +1,8 @@
 """Checksums, segments and fragments, against packets that scapy builds one by one."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,8 +22,6 @@ from dataplane.tables.interface import INTERFACE, UP, Driver
 from dataplane.verdict import Reason, Verdict
 
 ETHER = Ether(src="ee:ee:ee:ee:ee:ee", dst="02:00:00:00:00:07")
-V4 = {"src": "10.244.0.7", "dst": "10.244.1.9"}
-V6 = {"src": "fd00::7", "dst": "fd00:1::9"}
 OUTER = (
     Ether(src="00:00:00:00:00:00", dst="00:00:00:00:00:00")
     / IP(src="192.0.2.1", dst="192.0.2.2", id=0x1234, tos=1)
@@ -29,6 +30,14 @@ OUTER = (
 )
 OUTER_BYTES = len(bytes(OUTER))
 BATCH, IO = make_batch(), IoBuffers()
+
+
+def v4(**fields: Any) -> Packet:
+    return IP(src="10.244.0.7", dst="10.244.1.9", **fields)
+
+
+def v6(**fields: Any) -> Packet:
+    return IPv6(src="fd00::7", dst="fd00:1::9", **fields)
 
 
 def payload(size: int) -> bytes:
@@ -110,11 +119,11 @@ def tunneled(packet: Packet, frame: Packet, k: int) -> bytes:
     return bytes(outer / Ether(bytes(packet)))
 
 
-TRANSPORTS = {
+TRANSPORTS: dict[str, Callable[[], Packet]] = {
     "tcp": lambda: TCP(sport=4000, dport=80, seq=0xFFFFFF00, ack=7, flags="PA", window=500),
     "udp": lambda: UDP(sport=4000, dport=53),
 }
-NETWORKS = {"v4": lambda: IP(id=0xFFFE, ttl=63, **V4), "v6": lambda: IPv6(hlim=63, **V6)}
+NETWORKS: dict[str, Callable[[], Packet]] = {"v4": lambda: v4(id=0xFFFE, ttl=63), "v6": lambda: v6(hlim=63)}
 
 
 @pytest.mark.parametrize("through", ["plain", "tunnel"])
@@ -151,32 +160,34 @@ def test_segments_put_together_are_the_super_frame(network, size, mss, flags, op
 
 
 def test_a_large_super_frame_to_the_tunnel_goes_as_segments_of_the_path_p5():
-    frame = built(OUTER / ETHER / IP(**V4) / TRANSPORTS["tcp"]() / Raw(payload(65000)))
+    frame = built(OUTER / ETHER / v4() / TRANSPORTS["tcp"]() / Raw(payload(65000)))
     frames = sent(frame, gso(frame, 1398), mtu=1450)
     assert len(frames) == 47
     assert max(map(len, frames)) == OUTER_BYTES + 14 + 1438
 
 
 def test_fin_and_psh_are_on_the_last_segment_and_cwr_on_the_first():
-    frame = built(ETHER / IP(**V4) / TCP(flags="FPACE") / Raw(payload(300)))
+    frame = built(ETHER / v4() / TCP(flags="FPACE") / Raw(payload(300)))
     flags = [str(Ether(data)[TCP].flags) for data in sent(frame, gso(frame, 100))]
     assert flags == ["AEC", "AE", "FPAE"]
 
 
 def test_tcp_segments_that_the_path_cannot_carry_are_made_smaller():
-    frame = built(ETHER / IP(**V4) / TCP(seq=1000) / Raw(payload(3000)))
+    frame = built(ETHER / v4() / TCP(seq=1000) / Raw(payload(3000)))
     frames = sent(frame, gso(frame, 1460), mtu=1000)
     assert frames == expected_segments(frame, 960)
 
 
 def test_udp_segments_that_the_path_cannot_carry_are_fragmented():
-    frame = built(ETHER / IP(id=9, **V4) / UDP(sport=4000, dport=53) / Raw(payload(3000)))
+    frame = built(ETHER / v4(id=9) / UDP(sport=4000, dport=53) / Raw(payload(3000)))
     frames = sent(frame, gso(frame, 1400), mtu=1000)
-    assert frames == [piece for data in expected_segments(frame, 1400) for piece in expected_fragments(Ether(data), 1000)]
+    assert frames == [
+        piece for data in expected_segments(frame, 1400) for piece in expected_fragments(Ether(data), 1000)
+    ]
 
 
 def test_a_super_frame_of_senseless_segments_is_refused():
-    frame = built(ETHER / IP(**V4) / TCP() / Raw(payload(9000)))
+    frame = built(ETHER / v4() / TCP() / Raw(payload(9000)))
     tiny, wrong_type = gso(frame, 9000 // MAX_SEGMENTS), gso(frame, 1400)._replace(gso_type=GSO_TCPV6)
     for vnet in (tiny, wrong_type, gso(frame, 1400)._replace(gso_type=3), gso(frame, 1400)._replace(gso_size=0)):
         assert sent(frame, vnet) == []
@@ -199,7 +210,7 @@ def test_p3_a_partial_checksum_is_finished_for_a_raw_sink(network, transport, si
 def pseudo_sum(segment: bytes, frame: Packet) -> int:
     inner = frame[VXLAN].payload if VXLAN in frame else frame
     addresses = bytes(inner[IP])[12:20] if IP in inner else bytes(inner[IPv6])[8:40]
-    protocol = inner[IP].proto if IP in inner else inner[IPv6].nh
+    protocol = int(inner[IP].proto if IP in inner else inner[IPv6].nh)
     total = protocol + len(segment)
     total += sum(int.from_bytes(addresses[i : i + 2], "big") for i in range(0, len(addresses), 2))
     while total >> 16:
@@ -208,7 +219,7 @@ def pseudo_sum(segment: bytes, frame: Packet) -> int:
 
 
 def test_p3_a_udp_checksum_that_comes_out_as_zero_is_sent_as_ffff():
-    frame = built(ETHER / IP(**V4) / UDP(sport=4000, dport=53) / Raw(b"\0\0"))
+    frame = built(ETHER / v4() / UDP(sport=4000, dport=53) / Raw(b"\0\0"))
     frame[UDP].load = int(frame[UDP].chksum).to_bytes(2, "big")  # now everything sums to 0xffff
     data = bytearray(bytes(frame))
     data[40:42] = pseudo_sum(bytes(data)[34:], frame).to_bytes(2, "big")
@@ -217,7 +228,7 @@ def test_p3_a_udp_checksum_that_comes_out_as_zero_is_sent_as_ffff():
 
 
 def test_a_checksum_field_outside_the_frame_is_refused():
-    frame = built(ETHER / IP(**V4) / UDP() / Raw(b"hello"))
+    frame = built(ETHER / v4() / UDP() / Raw(b"hello"))
     assert sent(frame, Vnet(NEEDS_CSUM, csum_start=len(frame) - 7, csum_offset=6)) == []
     assert BATCH.packets["reason"][0] == Reason.DEVICE_ERROR
 
@@ -228,7 +239,7 @@ def expected_fragments(frame: Packet, limit: int) -> list[bytes]:
     header = inner[IP].ihl * 4
     raw = bytes(inner[IP])
     body, room = raw[header:], limit - header & ~7
-    pieces = []
+    pieces: list[bytes] = []
     for begin in range(0, len(body), room):
         packet = inner.copy()
         packet[IP].remove_payload()
@@ -250,7 +261,7 @@ def expected_fragments(frame: Packet, limit: int) -> list[bytes]:
 @given(st.integers(0, 4000), st.integers(100, 1500), st.booleans(), st.booleans(), st.sampled_from([0, 1, 2]))
 def test_a_packet_larger_than_the_path_is_fragmented(size, mtu, options, through_tunnel, flags):
     listed = [IPOption_RR(pointer=4, routers=["0.0.0.0"]), IPOption_Security(copy_flag=1)] if options else []
-    inner = ETHER / IP(id=77, flags=flags, options=listed, **V4) / UDP(sport=4000, dport=53) / Raw(payload(size))
+    inner = ETHER / v4(id=77, flags=flags, options=listed) / UDP(sport=4000, dport=53) / Raw(payload(size))
     frame = built(OUTER / inner if through_tunnel else inner)
     frames = sent(frame, mtu=mtu)
     fits = (frame[VXLAN].payload if through_tunnel else frame)[IP].len <= mtu
@@ -258,19 +269,19 @@ def test_a_packet_larger_than_the_path_is_fragmented(size, mtu, options, through
 
 
 def test_a_fragment_may_be_fragmented_again():
-    frame = built(ETHER / IP(id=5, flags="MF", frag=100, proto=17, **V4) / Raw(payload(1400)))
+    frame = built(ETHER / v4(id=5, flags="MF", frag=100, proto=17) / Raw(payload(1400)))
     assert sent(frame, mtu=600) == expected_fragments(frame, 600)
 
 
 def test_a_datagram_that_came_in_fragments_leaves_in_fragments_no_larger():
-    frame = built(ETHER / IP(id=5, **V4) / UDP(sport=4000, dport=53) / Raw(payload(2500)))
+    frame = built(ETHER / v4(id=5) / UDP(sport=4000, dport=53) / Raw(payload(2500)))
     assert sent(frame, mtu=1500, max_fragment=576) == expected_fragments(frame, 576)
     assert sent(frame, max_fragment=1500) == expected_fragments(frame, 1500)
     assert sent(frame, mtu=1000, max_fragment=1500) == expected_fragments(frame, 1000)
 
 
 def test_a_partial_checksum_is_finished_before_the_packet_is_fragmented():
-    whole = built(ETHER / IP(id=5, **V4) / UDP(sport=4000, dport=53) / Raw(payload(2500)))
+    whole = built(ETHER / v4(id=5) / UDP(sport=4000, dport=53) / Raw(payload(2500)))
     data = bytearray(bytes(whole))
     data[40:42] = pseudo_sum(bytes(data)[34:], whole).to_bytes(2, "big")
     frames = sent(Ether(bytes(data)), Vnet(NEEDS_CSUM, csum_start=34, csum_offset=6), mtu=1500)
@@ -278,24 +289,24 @@ def test_a_partial_checksum_is_finished_before_the_packet_is_fragmented():
 
 
 def test_ethernet_padding_is_not_sent_in_fragments():
-    whole = built(ETHER / IP(id=5, **V4) / UDP(sport=4000, dport=53) / Raw(payload(1000)))
+    whole = built(ETHER / v4(id=5) / UDP(sport=4000, dport=53) / Raw(payload(1000)))
     padded = Ether(bytes(whole) + b"\x5a" * 9)
     assert sent(padded, mtu=600) == expected_fragments(whole, 600)
 
 
 def test_an_mtu_without_room_for_payload_is_an_error_not_a_loop():
-    frame = built(ETHER / IP(**V4) / UDP() / Raw(payload(100)))
+    frame = built(ETHER / v4() / UDP() / Raw(payload(100)))
     assert sent(frame, mtu=27) == []
     assert BATCH.packets["reason"][0] == Reason.DEVICE_ERROR
 
 
 def test_ipv6_is_not_fragmented_by_routers():
-    frame = built(ETHER / IPv6(**V6) / UDP() / Raw(payload(2000)))
+    frame = built(ETHER / v6() / UDP() / Raw(payload(2000)))
     assert sent(frame, mtu=1280) == [bytes(frame)]
 
 
 def test_the_outbox_refuses_what_it_cannot_hold():
-    frame = built(ETHER / IP(**V4) / TCP() / Raw(payload(60000)))
+    frame = built(ETHER / v4() / TCP() / Raw(payload(60000)))
     interfaces = np.zeros(2, INTERFACE)
     interfaces[1]["driver"], interfaces[1]["flags"] = Driver.MEMORY, UP
     count = load(BATCH, [bytes(frame)] * 5, iif=1, vnet=[gso(frame, 60)] * 5)
