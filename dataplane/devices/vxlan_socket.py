@@ -3,7 +3,7 @@
 One socket receives on (node address, VXLAN port). To send, there is one socket per bucket of source ports: the outer
 source port carries the inner flow's hash, and it is what the path's routers and the receiver's cores spread flows by.
 
-The outer UDP checksum is 0 in what we send (``SO_NO_CHECK``); what we receive has been verified by the kernel unless it
+The outer UDP checksum is 0 in what we send (``SO_NO_CHECK``) unless asked for; what we receive has been verified by the kernel unless it
 was 0. The outer DF bit is 0. Sockets that only send have a filter that takes nothing, so that strangers' datagrams to
 their ports do not fill a buffer that nobody reads.
 
@@ -47,13 +47,14 @@ class VxlanSocket(KernelDevice):
     driver = Driver.VXLAN_SOCKET
     offload = False
 
-    def __init__(self, address: str, port: int = PORT, buckets: int = BUCKETS) -> None:
+    def __init__(self, address: str, port: int = PORT, buckets: int = BUCKETS, *, checksum: bool = False) -> None:
         """Bind all sockets.
 
         Args:
             address: One of this node's addresses.
             port: Of the tunnel; 0 lets the kernel choose (for tests).
             buckets: Sockets to send from, at most ``MAX_SOCKETS``; 0: send from the tunnel's own port.
+            checksum: Whether outer UDP checksums are computed; Calico's device has none.
 
         Raises:
             DeviceError: The address is not ours, or a port is taken.
@@ -62,6 +63,7 @@ class VxlanSocket(KernelDevice):
         if not 0 <= buckets <= MAX_SOCKETS:
             raise ValueError(f"{buckets} buckets; at most {MAX_SOCKETS}")
         self.address = address
+        self._checksum = checksum
         self._sockets: list[socket.socket] = []
         try:
             with translated(f"vxlan {address}:{port}", "bind"):
@@ -69,11 +71,11 @@ class VxlanSocket(KernelDevice):
             self.port: int = self._receiver.getsockname()[1]
             enlarge(self._receiver, RECEIVE_BUFFER)
             self._receiver.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)
-            width = (PORT_HIGH - PORT_LOW) // max(buckets, 1)
+            span = PORT_HIGH - PORT_LOW
             for bucket in range(buckets):
                 with translated(f"vxlan {address}", f"bind a source port for bucket {bucket}"):
-                    middle = PORT_LOW + bucket * width + width // 2
-                    attach(self._open(middle, PORT_LOW + (bucket + 1) * width - 1), NOTHING)
+                    middle = PORT_LOW + (2 * bucket + 1) * span // (2 * buckets)
+                    attach(self._open(middle, PORT_LOW + (bucket + 1) * span // buckets - 1), NOTHING)
         except BaseException:
             self.close()
             raise
@@ -84,7 +86,7 @@ class VxlanSocket(KernelDevice):
         made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._sockets.append(made)
         made.setblocking(False)
-        made.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)
+        made.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, not self._checksum)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         made.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
         for port in range(low, high + 1):
