@@ -141,4 +141,5 @@ TUNNEL_PORT_LOW = 6  # outer UDP source ports are taken from [low, high)
 TUNNEL_PORT_HIGH = 7
 TUNNEL_INTERFACE = 8  # interface row of the VXLAN socket
 POD_MTU = 9
+PROXY_ARP = 10  # whether pods get answers for more than the gateway
 SETTING_COUNT = 32

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dataplane import pipeline
@@ -67,6 +67,7 @@ class Engine:
         self._attached: dict[int, _Attached] = {}
         self._watchers: list[Callable[[int], None]] = []
         self._ticking: asyncio.TimerHandle | None = None
+        self.on_failure: Callable[[int], None] = lambda index: None
         self.refresh()
 
     def refresh(self) -> None:
@@ -104,6 +105,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         loop.remove_reader(device.fd)
         loop.call_later(RETRY_SECONDS, self._resume, index, device)
+        self.on_failure(index)
 
     def _resume(self, index: int, device: _Attached) -> None:
         if self._attached.get(index) is not device:
@@ -116,6 +118,12 @@ class Engine:
         if self._attached.get(index) is device and device.failing and not self.tables.interfaces["error"][index]:
             log.info("device is back name=%s", device.name)
             device.failing = False
+
+    def warm_up(self) -> None:
+        """Compile all that the loop will call, or load it from the cache, before the first packet."""
+        pipeline.burst(self._batch, pipeline.LOADED, self._arrays, self._io, self._clock(), 0)
+        defrag.expire(self._arrays, self._clock())
+        self.tables.warm_up()
 
     # --- the slow path -----------------------------------------------------------------------------------------------
 
@@ -168,11 +176,10 @@ class Engine:
             self._ticking.cancel()
             self._ticking = None
 
-    def drain(self, indexes: Iterable[int]) -> None:
-        """Forward what is already waiting in these devices' queues, up to one burst each."""
-        for index in indexes:
-            if index in self._attached:
-                self._readable(index)
+    def drain(self) -> None:
+        """Forward what is already waiting in the devices' queues, up to one burst each."""
+        for index in list(self._attached):
+            self._readable(index)
 
     def _tick(self) -> None:
         self._ticking = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)

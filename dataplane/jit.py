@@ -34,8 +34,6 @@ BOUNDSCHECK = bool(numba_config.BOUNDSCHECK)
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _CACHES_KEPT = 3
 
-KERNELS: list[Any] = []  # every kernel made by the decorator, in order of definition
-
 
 def kernel(function: Function) -> Function:
     """Compile ``function`` on its first call and keep the machine code on disk.
@@ -47,7 +45,6 @@ def kernel(function: Function) -> Function:
         return function
     options = {"error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
     compiled = numba.njit(cache=True, nogil=True, **options)(function)
-    KERNELS.append(compiled)
     return cast(Function, compiled)
 
 
@@ -109,11 +106,10 @@ class CompileProgress(numba_event.Listener):
         numba_event.unregister("numba:compile", self)
 
 
-def freeze() -> None:
-    """Forbid further compilation of the kernels in use: an unexpected type must fail, not stall packets for seconds."""
-    for compiled in KERNELS:
-        if compiled.signatures:
-            compiled.disable_compile()
+def freeze(entry: Callable[..., Any]) -> None:
+    """Forbid further compilation of a kernel: an unexpected type must fail, not stall packets for seconds."""
+    if not INTERPRETED:
+        entry.disable_compile()  # type: ignore[attr-defined]
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -204,8 +200,15 @@ def address(array: Any, index: int) -> int:
 # --- words, compiled -------------------------------------------------------------------------------------------------
 
 
+_BYTES = ir.IntType(8).as_pointer()
+
+
 def _pointer(context: Any, builder: Any, signature: Any, arguments: Any, size: Any, position: int = 0) -> Any:
-    """Emit the address of ``array[index]`` for the arguments at ``position``, checked in bounds-checked mode."""
+    """Emit a byte pointer to ``array[index]`` for the arguments at ``position``, checked in bounds-checked mode.
+
+    A pointer computed by ``getelementptr`` keeps its origin; one made of an integer has none, and LLVM then gives up
+    vectorising: 64 KiB are summed in 0.46 us instead of 3.0.
+    """
     kind = signature.args[position]
     array = context.make_array(kind)(context, builder, arguments[position])
     at = context.cast(builder, arguments[position + 1], signature.args[position + 1], types.intp)
@@ -217,9 +220,11 @@ def _pointer(context: Any, builder: Any, signature: Any, arguments: Any, size: A
         )
         with builder.if_then(outside, likely=False):
             context.call_conv.return_user_exc(builder, IndexError, ("access outside the array",))
+    base = builder.bitcast(array.data, _BYTES)
+    if kind.layout == "C" and kind.dtype == types.uint8:
+        return builder.gep(base, [at])
     stride = cgutils.unpack_tuple(builder, array.strides, 1)[0]
-    base = builder.ptrtoint(array.data, at.type)
-    return builder.add(base, builder.mul(at, stride))
+    return builder.gep(base, [builder.mul(at, stride)])
 
 
 def _register_load(function: Callable[..., int], bits: int, swap: bool) -> None:
@@ -233,7 +238,7 @@ def _register_load(function: Callable[..., int], bits: int, swap: bool) -> None:
     def _(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = _pointer(context, builder, signature, arguments, ir.Constant(ir.IntType(64), bits // 8))
         word = ir.IntType(bits)
-        value = builder.load(builder.inttoptr(at, word.as_pointer()), align=1)
+        value = builder.load(builder.bitcast(at, word.as_pointer()), align=1)
         if swap and bits > 8:
             value = builder.bswap(value)
         return value if bits == 64 else builder.zext(value, ir.IntType(64))
@@ -252,7 +257,7 @@ def _register_store(function: Callable[..., None], bits: int, swap: bool) -> Non
         value = value if bits == 64 else builder.trunc(value, word)
         if swap and bits > 8:
             value = builder.bswap(value)
-        builder.store(value, builder.inttoptr(at, word.as_pointer()), align=1)
+        builder.store(value, builder.bitcast(at, word.as_pointer()), align=1)
         return context.get_dummy_value()
 
 
@@ -265,9 +270,9 @@ def _register_load48() -> None:
     def _(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = _pointer(context, builder, signature, arguments, ir.Constant(ir.IntType(64), 6))
         i16, i32, i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-        high = builder.bswap(builder.load(builder.inttoptr(at, i16.as_pointer()), align=1))
-        rest = builder.add(at, ir.Constant(i64, 2))
-        low = builder.bswap(builder.load(builder.inttoptr(rest, i32.as_pointer()), align=1))
+        high = builder.bswap(builder.load(builder.bitcast(at, i16.as_pointer()), align=1))
+        rest = builder.gep(at, [ir.Constant(i64, 2)])
+        low = builder.bswap(builder.load(builder.bitcast(rest, i32.as_pointer()), align=1))
         return builder.or_(builder.shl(builder.zext(high, i64), ir.Constant(i64, 32)), builder.zext(low, i64))
 
 
@@ -283,9 +288,9 @@ def _register_store48() -> None:
         value = context.cast(builder, arguments[2], signature.args[2], types.uint64)
         high = builder.bswap(builder.trunc(builder.lshr(value, ir.Constant(i64, 32)), i16))
         low = builder.bswap(builder.trunc(value, i32))
-        builder.store(high, builder.inttoptr(at, i16.as_pointer()), align=1)
-        rest = builder.add(at, ir.Constant(i64, 2))
-        builder.store(low, builder.inttoptr(rest, i32.as_pointer()), align=1)
+        builder.store(high, builder.bitcast(at, i16.as_pointer()), align=1)
+        rest = builder.gep(at, [ir.Constant(i64, 2)])
+        builder.store(low, builder.bitcast(rest, i32.as_pointer()), align=1)
         return context.get_dummy_value()
 
 
@@ -304,8 +309,7 @@ def _register_memory() -> None:
             source = _pointer(context, builder, signature, arguments, length, 2)
             pointer = i8.as_pointer()
             move = builder.module.declare_intrinsic("llvm.memmove", [pointer, pointer, i64])
-            ends = [builder.inttoptr(target, pointer), builder.inttoptr(source, pointer)]
-            builder.call(move, [*ends, length, ir.Constant(ir.IntType(1), 0)])
+            builder.call(move, [target, source, length, ir.Constant(ir.IntType(1), 0)])
         return context.get_dummy_value()
 
     @type_callable(prefetch)
@@ -314,7 +318,7 @@ def _register_memory() -> None:
 
     @lower_builtin(prefetch, types.Array, types.Integer)
     def _(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = builder.inttoptr(_pointer(context, builder, signature, arguments, None), i8.as_pointer())
+        at = _pointer(context, builder, signature, arguments, None)
         i32 = ir.IntType(32)
         fetch = builder.module.declare_intrinsic(
             "llvm.prefetch", [i8.as_pointer()], ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
@@ -329,7 +333,7 @@ def _register_memory() -> None:
 
     @lower_builtin(address, types.Array, types.Integer)
     def _(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _pointer(context, builder, signature, arguments, None)
+        return builder.ptrtoint(_pointer(context, builder, signature, arguments, None), i64)
 
 
 for _function, _bits, _swap in ((load8, 8, True), (load16, 16, True), (load32, 32, True), (load64, 64, True)):

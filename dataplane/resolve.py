@@ -9,13 +9,12 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 
-import numpy as np
+import dpkt
 
-from dataplane.batch import V4_PREFIX
-from dataplane.codecs import arp, ethernet
 from dataplane.devices.memory import Vnet
-from dataplane.tables.address import Address, to_address
+from dataplane.tables.address import Address
 from dataplane.tables.neighbour import NeighbourTable, State
 from dataplane.tables.result import TableFullError
 from dataplane.verdict import Reason
@@ -28,6 +27,7 @@ PROBES = 3  # ucast_solicit, and mcast_solicit
 STALE_NS = 60 * SECOND  # gc_stale_time
 LOCK_NS = SECOND  # locktime: of two different answers the first holds for this long
 QUEUE_BYTES = 212_992  # unres_qlen_bytes
+BROADCAST = 0xFFFF_FFFF_FFFF
 GC_START = 128  # gc_thresh1: with fewer entries nothing is collected
 
 
@@ -51,12 +51,12 @@ class _Waiting:
     size: int = 0
 
 
-def arp_request(mac: int, sender: int, target: int, to: int = ethernet.BROADCAST) -> bytes:
+def arp_request(mac: int, sender: int, target: int, to: int = BROADCAST) -> bytes:
     """Return an Ethernet frame that asks who has ``target``; addresses are 32-bit and 48-bit integers."""
-    data = np.zeros(ethernet.HEADER + arp.HEADER, np.uint8)
-    ethernet.emit(data, 0, to, mac, ethernet.ETHERTYPE_ARP)
-    arp.emit(data, ethernet.HEADER, arp.REQUEST, mac, sender, 0, target)
-    return data.tobytes()
+    question = dpkt.arp.ARP(sha=mac.to_bytes(6), spa=sender.to_bytes(4), tha=bytes(6), tpa=target.to_bytes(4))
+    ethernet = dpkt.ethernet.Ethernet(dst=to.to_bytes(6), src=mac.to_bytes(6), type=dpkt.ethernet.ETH_TYPE_ARP)
+    ethernet.data = question
+    return bytes(ethernet)
 
 
 class Resolver:
@@ -109,16 +109,14 @@ class Resolver:
 
     def learn(self, interface: int, frame: bytes, now: int) -> list[Outgoing]:
         """Believe an ARP packet as far as the kernel would; return the packets that waited for what it says."""
-        data = np.frombuffer(frame, np.uint8)
-        at = ethernet.HEADER
-        operation, mac = arp.operation(data, at), arp.sender_mac(data, at)
-        sender, target = arp.sender_ip(data, at), arp.target_ip(data, at)
-        gratuitous = sender == target
-        address = to_address(0, V4_PREFIX | sender)
+        arp = dpkt.arp.ARP(frame[14:])  # the ARP stage has checked it
+        operation, mac = arp.op, int.from_bytes(arp.sha)
+        gratuitous = arp.spa == arp.tpa
+        address = IPv4Address(arp.spa)
         row = self.table.find(interface, address)
         if row < 0:
             # A request for one of our addresses: its sender is about to be answered, so its address will be needed.
-            if operation != arp.REQUEST or gratuitous:
+            if operation != dpkt.arp.ARP_OP_REQUEST or gratuitous:
                 return []
             try:
                 row = self._row(interface, address, now)
@@ -129,7 +127,7 @@ class Resolver:
         changed = int(entry["mac"]) != mac
         if known and changed and not gratuitous and now - int(entry["updated_ns"]) < LOCK_NS:
             return []
-        solicited = operation == arp.REPLY and ethernet.destination(data, 0) != ethernet.BROADCAST
+        solicited = operation == dpkt.arp.ARP_OP_REPLY and frame[:6] != BROADCAST.to_bytes(6)
         if solicited or (known and not changed and entry["state"] == State.REACHABLE):
             self._set(row, State.REACHABLE, now)
             entry["confirmed_ns"] = now
@@ -188,7 +186,7 @@ class Resolver:
         entry["probes"] = probes
         interface = int(entry["interface"])
         mac, sender = self._station(interface)
-        to = int(entry["mac"]) if state == State.PROBE else ethernet.BROADCAST
+        to = int(entry["mac"]) if state == State.PROBE else BROADCAST
         return Outgoing(arp_request(mac, sender, int(entry["lo"]) & 0xFFFF_FFFF, to), interface)
 
     def _set(self, row: int, state: State, now: int) -> None:

@@ -8,26 +8,27 @@ other.
 Every row that comes in is accounted for: answered, learned from, held for its neighbor, or dropped with a reason.
 """
 
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from typing import Any
 
+import dpkt
 import numpy as np
+from dpkt import icmp
 
 from dataplane.batch import (
     COUNTERS,
     GATEWAY_LO,
     INJECTED_TOTAL,
     INTERFACE_TABLE,
-    IPV6,
     NODE_LO,
     OWES_ERROR,
     SETTINGS,
-    V4_PREFIX,
     Batch,
 )
-from dataplane.codecs import ethernet, icmp, ipv4
 from dataplane.devices.memory import Vnet, unload
 from dataplane.jit import Array
 from dataplane.resolve import SECOND, Outgoing, Resolver
@@ -36,19 +37,20 @@ from dataplane.tables.neighbour import NeighbourTable
 from dataplane.tables.route import Kind, RouteTable
 from dataplane.verdict import Reason, Verdict
 
-QUOTE = 576 - ipv4.HEADER - icmp.HEADER  # RFC 1812 4.3.2.3: as much of the packet as fits into 576 bytes
+QUOTE = 576 - 20 - 8  # RFC 1812 4.3.2.3: as much of the packet as fits into 576 bytes
 ERROR_BURST = 6  # XRLIM_BURST_FACTOR: errors to one destination at once, then one a second
 _DESTINATIONS = 4096  # remembered for that limit
 BUDGET = 128  # rows per burst: at some 20 us each the fast path waits 3 ms at most
+ICMP_ERRORS = (3, 4, 5, 11, 12)  # types: unreachable, source quench, redirect, time exceeded, parameter problem
 _TOS = 0xC0  # RFC 1812 4.3.2.5: errors carry the precedence "internetwork control"
 
 ERRORS: dict[Reason, tuple[int, int]] = {
-    Reason.IP_TTL: (icmp.TIME_EXCEEDED, icmp.TTL_EXCEEDED),
-    Reason.MTU_DF: (icmp.UNREACHABLE, icmp.FRAGMENTATION_NEEDED),
-    Reason.ROUTE_NONE: (icmp.UNREACHABLE, icmp.NET_UNREACHABLE),
-    Reason.ROUTE_UNREACHABLE: (icmp.UNREACHABLE, icmp.HOST_UNREACHABLE),
-    Reason.NEIGH_UNRESOLVED: (icmp.UNREACHABLE, icmp.HOST_UNREACHABLE),
-    Reason.LOCAL_NO_LISTENER: (icmp.UNREACHABLE, icmp.PORT_UNREACHABLE),
+    Reason.IP_TTL: (icmp.ICMP_TIMEXCEED, icmp.ICMP_TIMEXCEED_INTRANS),
+    Reason.MTU_DF: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_NEEDFRAG),
+    Reason.ROUTE_NONE: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_NET),
+    Reason.ROUTE_UNREACHABLE: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_HOST),
+    Reason.NEIGH_UNRESOLVED: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_HOST),
+    Reason.LOCAL_NO_LISTENER: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_PORT),
 }
 """The ICMP type and code that a dropped packet's sender is told."""
 
@@ -65,9 +67,9 @@ class _Budget:
 class ErrorLimit:
     """At most ``ERROR_BURST`` errors to a destination at once, then one a second (``net.ipv4.icmp_ratelimit``)."""
 
-    budgets: OrderedDict[int, _Budget] = field(default_factory=OrderedDict)
+    budgets: OrderedDict[bytes, _Budget] = field(default_factory=OrderedDict)
 
-    def allows(self, destination: int, now: int) -> bool:
+    def allows(self, destination: bytes, now: int) -> bool:
         """Take one error from the destination's budget, if there is one."""
         budget = self.budgets.pop(destination, None) or _Budget(ERROR_BURST, now)
         budget.tokens = min(ERROR_BURST, budget.tokens + (now - budget.refilled) / SECOND)
@@ -98,7 +100,7 @@ class SlowPath:
         self._limit = ErrorLimit()
         self._late: list[Outgoing] = []
         self._now = 0
-        self.tunnel_address = 0  # 32 bits; the source of errors that go back through a tunnel
+        self.tunnel_address = b""  # 4 bytes: the source of errors that go back through a tunnel
         self.answered: Counter[str] = Counter()
         self.resolver = Resolver(neighbours, self._station, self._drop_held, seed)
 
@@ -139,45 +141,38 @@ class SlowPath:
 
     def _deliver(self, batch: Batch, row: int, now: int) -> Iterator[Outgoing]:
         """Answer an echo request; anything else finds nobody at home."""
-        if int(batch.packets["flags"][row]) & IPV6:
-            self.drop(Reason.LOCAL_NO_LISTENER)
-            return
-        quoted = _ip_bytes(batch, row)
-        data = np.frombuffer(bytes(ethernet.HEADER) + quoted, np.uint8).copy()
-        ip = ethernet.HEADER
-        at, end = ip + ipv4.header_length(data, ip), len(data)
-        ours = ipv4.protocol(data, ip) == ipv4.PROTO_ICMP and icmp.valid(data, at, end)
-        if ours and icmp.type(data, at) == icmp.ECHO_REQUEST and icmp.checksum_ok(data, at, end):
+        packet = _ip_bytes(batch, row)
+        reply = echo_reply(packet) if packet[0] >> 4 == 4 else None
+        if reply is not None:
             self.answered["answered"] += 1
-            yield Outgoing(_echo_reply(data, ip, at))
+            yield Outgoing(reply)
             return
         self.drop(Reason.LOCAL_NO_LISTENER)
-        if not ours:
-            yield from self._error(quoted, Reason.LOCAL_NO_LISTENER, 0, now)
+        if packet[9] != dpkt.ip.IP_PROTO_ICMP:
+            yield from self._error(packet, Reason.LOCAL_NO_LISTENER, 0, now)
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
     def _error(self, packet: bytes, reason: Reason, mtu: int, now: int) -> Iterator[Outgoing]:
         """Yield the ICMP error that the sender of ``packet`` (from its IP header on) is owed, if it may be sent."""
-        kind, code = ERRORS[reason]
         if not may_answer(packet):
             return
-        data = np.frombuffer(packet, np.uint8)
-        sender = ipv4.source(data, 0)
+        kind, code = ERRORS[reason]
         # Path MTU discovery depends on 3/4, so Linux never limits it per destination.
-        if reason != Reason.MTU_DF and not self._limit.allows(sender, now):
+        if reason != Reason.MTU_DF and not self._limit.allows(packet[12:16], now):
             self.answered["errors limited"] += 1
             return
         self.answered["errors sent"] += 1
-        rest = mtu if reason == Reason.MTU_DF else 0
-        yield Outgoing(icmp_error(packet, self._source(sender), kind, code, rest))
+        mtu = mtu if reason == Reason.MTU_DF else 0
+        yield Outgoing(icmp_error(packet, self._source(packet[12:16]), kind, code, mtu))
 
-    def _source(self, destination: int) -> int:
+    def _source(self, destination: bytes) -> bytes:
         """Return the address that errors come from: the tunnel's when they go back through it, else the node's."""
-        route = self._routes.lookup(to_address(0, V4_PREFIX | destination))
+        route = self._routes.lookup(IPv4Address(destination))
         if route is not None and route.kind == Kind.TUNNEL and self.tunnel_address:
             return self.tunnel_address
-        return int(self._settings[NODE_LO] or self._settings[GATEWAY_LO]) & 0xFFFF_FFFF
+        own = int(self._settings[NODE_LO] or self._settings[GATEWAY_LO]) & 0xFFFF_FFFF
+        return own.to_bytes(4)
 
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
@@ -189,7 +184,7 @@ class SlowPath:
     def _drop_held(self, packet: Outgoing, reason: Reason) -> None:
         self.drop(reason)
         if reason in ERRORS:
-            self._late.extend(self._error(packet.frame[ethernet.HEADER :], reason, 0, self._now))
+            self._late.extend(self._error(packet.frame[14:], reason, 0, self._now))
 
     def _take_late(self) -> list[Outgoing]:
         late, self._late = self._late, []
@@ -204,50 +199,52 @@ def may_answer(packet: bytes) -> bool:
 
     Never about an error, a later fragment, a group or broadcast destination, or a source that is no single host.
     """
-    data = np.frombuffer(packet, np.uint8)
-    if len(packet) < ipv4.HEADER or packet[0] >> 4 != 4 or ipv4.fragment_word(data, 0) & ipv4.OFFSET_MASK:
+    if packet[0] >> 4 != 4 or int.from_bytes(packet[6:8]) & dpkt.ip.IP_OFFMASK:
         return False
-    source, target = ipv4.source(data, 0), ipv4.destination(data, 0)
-    if source >> 24 in (0, 127) or source >> 28 >= 0xE or target >> 28 == 0xE or target == 0xFFFF_FFFF:
+    source, target = packet[12], packet[16]
+    if source in (0, 127) or source >= 0xE0 or target >> 4 == 0xE or packet[16:20] == b"\xff" * 4:
         return False
-    if ipv4.protocol(data, 0) != ipv4.PROTO_ICMP:
-        return True
-    at = ipv4.header_length(data, 0)
-    return len(packet) > at and not icmp.is_error(icmp.type(data, at))
+    message = packet[(packet[0] & 15) * 4 :]
+    return packet[9] != dpkt.ip.IP_PROTO_ICMP or (len(message) > 0 and message[0] not in ICMP_ERRORS)
 
 
-def icmp_error(packet: bytes, source: int, kind: int, code: int, rest: int) -> bytes:
+def icmp_error(packet: bytes, source: bytes, kind: int, code: int, mtu: int) -> bytes:
     """Return an Ethernet frame (without addresses) with the ICMP error about an IPv4 packet.
 
     Args:
         packet: The packet from its IP header on.
-        source: Our address, 32 bits.
+        source: Our address, 4 bytes.
         kind: ICMP type.
         code: ICMP code.
-        rest: The second word: the MTU for 3/4.
+        mtu: What fits, for 3/4; else 0.
     """
-    quote = packet[:QUOTE]
-    ip, at = ethernet.HEADER, ethernet.HEADER + ipv4.HEADER
-    data = np.zeros(at + icmp.HEADER + len(quote), np.uint8)
-    data[at + icmp.HEADER :] = np.frombuffer(quote, np.uint8)
-    target = ipv4.source(np.frombuffer(packet, np.uint8), 0)
-    ethernet.emit(data, 0, 0, 0, ethernet.ETHERTYPE_IPV4)
-    ipv4.emit(data, ip, source, target, ipv4.PROTO_ICMP, len(data) - ip)
-    ipv4.set_tos(data, ip, _TOS)
-    icmp.emit_error(data, at, kind, code, rest, len(quote))
-    return data.tobytes()
+    message = _with_checksum(struct.pack("!BBHHH", kind, code, 0, 0, mtu) + packet[:QUOTE])
+    return _frame(dpkt.ip.IP(src=source, dst=packet[12:16], p=dpkt.ip.IP_PROTO_ICMP, tos=_TOS, data=message))
 
 
-def _echo_reply(data: Array, ip: int, at: int) -> bytes:
-    """Turn the frame with an echo request into its reply, in place (RFC 1122 3.2.2.6); options are not reflected."""
-    source, target = ipv4.source(data, ip), ipv4.destination(data, ip)
-    icmp.emit_echo_reply(data, at)
-    ipv4.set_source(data, ip, target)
-    ipv4.set_destination(data, ip, source)
-    ipv4.set_ttl(data, ip, ipv4.DEFAULT_TTL)
-    ipv4.set_fragment_word(data, ip, 0)
-    ethernet.emit(data, 0, 0, 0, ethernet.ETHERTYPE_IPV4)
-    return data.tobytes()
+def echo_reply(packet: bytes) -> bytes | None:
+    """Return the frame that answers an echo request, or None if it is none (RFC 1122 3.2.2.6).
+
+    IP options are not reflected, and an echo with a wrong checksum is not answered.
+    """
+    message = packet[(packet[0] & 15) * 4 :]
+    if packet[9] != dpkt.ip.IP_PROTO_ICMP or len(message) < 8 or message[0] != dpkt.icmp.ICMP_ECHO:
+        return None
+    if dpkt.in_cksum(message):
+        return None
+    message = _with_checksum(bytes(4) + message[4:])
+    return _frame(dpkt.ip.IP(src=packet[16:20], dst=packet[12:16], p=packet[9], tos=packet[1], data=message))
+
+
+def _with_checksum(message: bytes) -> bytes:
+    """Fill in the checksum of an ICMP message whose checksum field is zero."""
+    return message[:2] + struct.pack("!H", dpkt.in_cksum(message)) + message[4:]
+
+
+def _frame(ip: dpkt.ip.IP) -> bytes:
+    """Return an Ethernet frame whose addresses the route stage will write."""
+    ip.len = len(ip)  # dpkt makes a header checksum that is 0, but never a length
+    return bytes(12) + struct.pack("!H", dpkt.ethernet.ETH_TYPE_IP) + bytes(ip)
 
 
 def _ip_bytes(batch: Batch, row: int) -> bytes:

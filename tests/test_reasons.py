@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 from scapy.layers.inet import IP, UDP
-from scapy.layers.l2 import ARP, Ether
+from scapy.layers.l2 import Ether
 from scapy.packet import Raw
 
 from dataplane import pipeline

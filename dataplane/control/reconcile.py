@@ -170,7 +170,9 @@ def routes(state: DesiredState) -> dict[Network, RouteSpec]:
 
 
 def _wishes(state: DesiredState) -> Iterator[tuple[Network, RouteSpec]]:
-    own = state.node.addresses if state.tunnel_address is None else (*state.node.addresses, state.tunnel_address)
+    own = [*state.node.addresses, state.pod_network.gateway]
+    if state.tunnel_address is not None:
+        own.append(state.tunnel_address)
     for address in own:
         yield ip_network(address), RouteSpec("local", Source.LOCAL_HOST)
     for pod in state.pods:

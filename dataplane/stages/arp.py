@@ -15,7 +15,7 @@ ip.spoofed-src.
 
 from typing import Any
 
-from dataplane.batch import GATEWAY_LO, INTERFACE_TABLE, NEIGHBOURS, ROUTES, SETTINGS, TUNNELED, V4_PREFIX
+from dataplane.batch import GATEWAY_LO, INTERFACE_TABLE, NEIGHBOURS, PROXY_ARP, ROUTES, SETTINGS, TUNNELED, V4_PREFIX
 from dataplane.codecs import arp as wire
 from dataplane.codecs import ethernet
 from dataplane.jit import kernel
@@ -89,7 +89,8 @@ def _from_pod(data: Any, packets: Any, i: int, tables: Any) -> int:
         return Reason.ARP_OWN_IP
     if sender == 0 and (gateway or kind != Kind.LOCAL):
         return Reason.ARP_PROBE
-    if gateway or kind in (Kind.POD, Kind.LOCAL, Kind.VIA, Kind.TUNNEL):
+    proxied = tables[SETTINGS][PROXY_ARP] != 0 and kind in (Kind.POD, Kind.VIA, Kind.TUNNEL)
+    if gateway or proxied or kind == Kind.LOCAL:
         return Reason.ARP_ANSWERED
     return Reason.ARP_NOT_OWNER
 

@@ -1,0 +1,275 @@
+"""Carrying out a plan: from edits of the desired state to rows of tables and open devices.
+
+Three steps. *Prepare* opens what is new (namespaces, TAPs) in a thread, while packets flow. *Commit* edits the tables
+in one go between two bursts: a packet sees the old state or the new one. *Clean up* closes what went. A failure to
+prepare leaves everything as it was.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from dataplane.batch import GATEWAY_LO, POD_MTU, PROXY_ARP
+from dataplane.control import reconcile as plan
+from dataplane.control.reconcile import Edit, RouteSpec
+from dataplane.control.state import DesiredState, Peer, Pod
+from dataplane.devices import journal, namespace
+from dataplane.devices.journal import Journal
+from dataplane.devices.namespace import NamespaceHandle
+from dataplane.devices.tap import Tap
+from dataplane.engine import Engine
+from dataplane.tables.address import halves
+from dataplane.tables.interface import INTERFACES, OFFLOAD, UP, Driver, Role
+from dataplane.tables.route import Kind, Route
+
+NODE, UPLINK, UNDERLAY, FIRST_POD = 0, 1, 2, 3  # interface rows
+POD_INTERFACE = "eth0"
+
+_KINDS = {
+    "pod": Kind.POD,
+    "local": Kind.LOCAL,
+    "via": Kind.VIA,
+    "tunnel": Kind.TUNNEL,
+    "blackhole": Kind.BLACKHOLE,
+    "unreachable": Kind.UNREACHABLE,
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PodLink:
+    """A pod's open TAP and the namespace it is in."""
+
+    pod: Pod
+    tap: Tap
+    namespace: NamespaceHandle
+    entry: int  # of the journal; 0 when the namespace was there before
+
+    def close(self, log_book: Journal) -> None:
+        """Close the TAP, which takes ``eth0`` away, and remove the namespace if the node had made it."""
+        self.tap.close()
+        namespace.remove_namespace(self.namespace)
+        if self.entry:
+            log_book.removed(self.entry)
+
+
+class Wiring:
+    """What is behind the rows: devices by name, VTEPs by node.
+
+    Attributes:
+        interfaces: Row by name; a pod's is ``cali...``.
+        links: The pods' TAPs by the same name.
+        vteps: Row by the peer's name.
+        specs: The routes as the plan gave them, for ``show routes``.
+    """
+
+    def __init__(self, engine: Engine, log_book: Journal) -> None:
+        self.engine = engine
+        self.tables = engine.tables
+        self.journal = log_book
+        self.interfaces: dict[str, int] = {}
+        self.links: dict[str, PodLink] = {}
+        self.vteps: dict[str, int] = {}
+        self.specs: dict[plan.Network, RouteSpec] = {}
+        self.state: DesiredState | None = None
+        self._free = list(range(INTERFACES - 1, FIRST_POD - 1, -1))
+
+    async def apply(self, edits: Sequence[Edit], state: DesiredState) -> None:
+        """Carry out a plan that leads to ``state``.
+
+        Raises:
+            NamespaceError, DeviceError: Something new could not be opened; nothing was changed.
+        """
+        opened, closed = await self._prepare(edits, state)
+        self.state = state
+        for edit in edits:
+            self._commit(edit, opened, closed)
+        self.engine.refresh()
+        for link in closed:
+            await asyncio.to_thread(link.close, self.journal)
+
+    # --- prepare -----------------------------------------------------------------------------------------------------
+
+    async def _prepare(self, edits: Sequence[Edit], state: DesiredState) -> tuple[dict[str, PodLink], list[PodLink]]:
+        """Open the links of new and moved pods; return them by name, and those that are to be closed afterwards.
+
+        A namespace has one ``eth0``, so a link that is made anew in its own namespace, or in one that another pod is
+        leaving, goes first: that pod alone is cut off for some milliseconds.
+        """
+        wanted = {edit.pod.netns for edit in edits if isinstance(edit, plan.AddPod)}
+        wanted |= {edit.new.netns for edit in edits if isinstance(edit, plan.ChangePod) if _relinked(edit)}
+        opened: dict[str, PodLink] = {}
+        closed: list[PodLink] = []
+        for edit in edits:
+            gone = edit.pod if isinstance(edit, plan.RemovePod) else None
+            if isinstance(edit, plan.ChangePod) and _relinked(edit):
+                gone = edit.old
+            if gone is None:
+                continue
+            link = self.links[gone.interface]
+            if gone.netns in wanted:
+                self._down(gone.interface)
+                link.tap.close()
+            closed.append(link)
+        try:
+            for edit in edits:
+                pod = edit.pod if isinstance(edit, plan.AddPod) else None
+                if isinstance(edit, plan.ChangePod) and _relinked(edit):
+                    pod = edit.new
+                if pod is not None:
+                    opened[pod.interface] = await asyncio.to_thread(self._open, pod, state)
+        except BaseException:
+            for link in opened.values():
+                link.close(self.journal)
+            for link in closed:
+                if link.tap.fileno() < 0:
+                    await self.restore(link.pod.interface)
+            raise
+        return opened, closed
+
+    async def restore(self, interface: str) -> None:
+        """Make a pod's link anew, in its namespace, when it has vanished (somebody deleted ``eth0``).
+
+        Raises:
+            NamespaceError, DeviceError: It cannot be made now.
+        """
+        assert self.state is not None
+        link = self.links[interface]
+        self._down(interface)
+        link.tap.close()
+        fresh = await asyncio.to_thread(self._open, link.pod, self.state)
+        if fresh.entry:
+            self.journal.removed(link.entry)
+        else:
+            fresh.entry, fresh.namespace = link.entry, replace(fresh.namespace, created=link.namespace.created)
+        os.close(link.namespace.fd)
+        self._connect(self.interfaces[interface], fresh)
+
+    def _open(self, pod: Pod, state: DesiredState) -> PodLink:
+        """Make the pod's namespace if need be, and its ``eth0`` in it. Runs in a thread."""
+        path = namespace.namespace_path(pod.netns)
+        entry = 0
+        if not path.exists():
+            entry = self.journal.record(journal.Namespace(str(path)))
+        handle = namespace.open_namespace(pod.netns)
+        try:
+            if entry:
+                self.journal.made(entry, handle.cookie)
+            namespace.require_free(handle, POD_INTERFACE)
+            tap = namespace.in_namespace(handle, partial(Tap, POD_INTERFACE))
+            try:
+                namespace.place(
+                    handle,
+                    POD_INTERFACE,
+                    mac=pod.mac,
+                    addresses=pod.addresses,
+                    mtu=pod.mtu,
+                    gateway=state.pod_network.gateway,
+                )
+            except BaseException:
+                tap.close()
+                raise
+        except BaseException:
+            namespace.remove_namespace(handle)
+            if entry:
+                self.journal.removed(entry)
+            raise
+        return PodLink(pod, tap, handle, entry)
+
+    # --- commit ------------------------------------------------------------------------------------------------------
+
+    def _commit(self, edit: Edit, opened: dict[str, PodLink], closed: list[PodLink]) -> None:
+        match edit:
+            case plan.AddPod(pod):
+                row = self._free.pop()
+                self.interfaces[pod.interface] = row
+                self._connect(row, opened[pod.interface])
+                log.info("pod added name=%s address=%s netns=%s", pod.id, _addresses(pod), pod.netns)
+            case plan.ChangePod(old, new):
+                if new.interface in opened:
+                    self._down(old.interface)
+                    self._connect(self.interfaces[new.interface], opened[new.interface])
+                self.links[new.interface].pod = new
+                log.info("pod changed name=%s address=%s netns=%s", new.id, _addresses(new), new.netns)
+            case plan.RemovePod(pod):
+                self._down(pod.interface)
+                row = self.interfaces.pop(pod.interface)
+                del self.links[pod.interface]
+                self.tables.interfaces[row] = 0
+                self._free.append(row)
+                log.info("pod removed name=%s", pod.id)
+            case plan.AddVtep(peer):
+                self._add_vtep(peer)
+                log.info("peer added name=%s address=%s", peer.name, peer.address)
+            case plan.ChangeVtep(old, new):
+                self._change_vtep(old, new)
+                log.info("peer changed name=%s address=%s", new.name, new.address)
+            case plan.RemoveVtep(peer):
+                self.tables.vteps.delete(self.vteps.pop(peer.name))
+                log.info("peer removed name=%s", peer.name)
+            case plan.SetRoute(prefix, spec):
+                self.specs[prefix] = spec
+                self.tables.routes.set(prefix, self._route(spec))
+            case plan.DeleteRoute(prefix):
+                del self.specs[prefix]
+                self.tables.routes.delete(prefix)
+            case plan.ChangeSettings(_, network):
+                settings = self.tables.settings
+                settings[GATEWAY_LO] = halves(network.gateway)[1]
+                settings[POD_MTU], settings[PROXY_ARP] = network.mtu, network.proxy_arp
+            case plan.NeedsRestart():
+                raise ValueError(str(edit))
+
+    def _connect(self, row: int, link: PodLink) -> None:
+        """Put a pod's open link behind an interface row."""
+        assert self.state is not None
+        pod, record = link.pod, self.tables.interfaces[row]
+        record["role"], record["driver"], record["flags"] = Role.POD, Driver.TAP, UP | OFFLOAD
+        record["fd"], record["mtu"], record["error"] = link.tap.fileno(), pod.mtu, 0
+        record["mac"], record["peer_mac"] = self.state.pod_network.gateway_mac, pod.mac
+        self.links[pod.interface] = link
+        self.engine.attach(row, link.tap.fileno(), pod.id)
+
+    def _down(self, interface: str) -> None:
+        """Stop using a pod's TAP; its row stays, and drops what is still sent to it."""
+        row = self.interfaces[interface]
+        self.engine.detach(row)
+        self.tables.interfaces["flags"][row] = 0
+        self.tables.interfaces["fd"][row] = -1
+
+    def _route(self, spec: RouteSpec) -> Route:
+        kind = _KINDS[spec.kind]
+        oif = self.interfaces[spec.target] if kind in (Kind.POD, Kind.VIA) else 0
+        vtep = self.vteps.get(spec.target, -1) if kind == Kind.TUNNEL else -1
+        gateway = spec.gateway if kind == Kind.VIA else None
+        return Route(kind, oif, gateway, vtep, origin=spec.source)
+
+    def _add_vtep(self, peer: Peer) -> None:
+        assert self.state is not None
+        self.vteps[peer.name] = self.tables.vteps.insert(peer.address, peer.vtep_mac, UNDERLAY, self.state.tunnel_mtu)
+
+    def _change_vtep(self, old: Peer, new: Peer) -> None:
+        """Change a peer's MAC in its row; a new address needs a new row, and every route to it a new target."""
+        if old.address == new.address:
+            self.tables.vteps.records["mac"][self.vteps[new.name]] = new.vtep_mac
+            return
+        stale = self.vteps[old.name]
+        self._add_vtep(new)
+        for prefix, spec in self.specs.items():
+            if spec.kind == "tunnel" and spec.target == new.name:
+                self.tables.routes.set(prefix, self._route(spec))
+        self.tables.vteps.delete(stale)
+
+
+def _relinked(edit: plan.ChangePod) -> bool:
+    """Say whether the change needs a new link: labels do not."""
+    old, new = edit.old, edit.new
+    return (old.netns, old.mac, old.mtu, old.addresses) != (new.netns, new.mac, new.mtu, new.addresses)
+
+
+def _addresses(pod: Pod) -> str:
+    return ",".join(str(address) for address in pod.addresses)

@@ -1,0 +1,165 @@
+"""The process around a node: the journal, signals, logging, what the terminal shows.
+
+The order at the start is the order of need: packets flow first, the control API is loaded after *ready*.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import uvloop
+
+from dataplane import jit, pipeline
+from dataplane.control.state import Log, Settings
+from dataplane.devices import journal
+from dataplane.devices.device import DeviceError
+from dataplane.devices.namespace import NamespaceError
+from dataplane.devices.netlink import NetlinkError
+from dataplane.node import Node
+
+RUN = Path("/run/dataplane")
+FAILED, NO_PERMISSION = 1, 5
+_REPORT_SECONDS = 5
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> int:
+    """Be the node until SIGINT or SIGTERM; return the exit status."""
+    set_up_logging(settings.log)
+    name = settings.state.node.name
+    try:
+        log_book, report = journal.claim(RUN / f"{name}.journal")
+    except journal.AlreadyRunningError as error:
+        log.error("node %s is %s", name, error)
+        return FAILED
+    for line in report:
+        log.info("left by a dead node: %s", line)
+    start = asyncio.run if settings.engine.loop == "asyncio" else uvloop.run
+    try:
+        return start(_live(settings, log_book))
+    except (DeviceError, NamespaceError, NetlinkError) as error:
+        log.error("%s", error)
+        return NO_PERMISSION if error.errno in (errno.EPERM, errno.EACCES) else FAILED
+
+
+async def _live(settings: Settings, log_book: journal.Journal) -> int:
+    node = Node(settings, log_book)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, node.stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, node.request_reload)
+    try:
+        warm_up(node)
+        await node.start()
+        log.info("ready node=%s pods=%d", settings.state.node.name, len(settings.state.pods))
+        notify("READY=1")
+        await _serve(node, settings, log_book)
+    finally:
+        notify("STOPPING=1")
+        await node.stop()
+    log.info("stopped node=%s", settings.state.node.name)
+    return 0
+
+
+async def _serve(node: Node, settings: Settings, log_book: journal.Journal) -> None:
+    """Offer the control API until the node is told to stop; without it the node goes on, and says so."""
+    from dataplane.control import api
+
+    entry = log_book.record(journal.File(str(settings.socket)))
+    try:
+        server = await api.start(node, settings.socket, settings.metrics)
+    except (api.ListenError, OSError) as error:
+        log.error("no control api: %s", error)
+        log_book.removed(entry)
+        await node.stopping.wait()
+        return
+    try:
+        if sys.stdout.isatty():
+            from dataplane.control import banner
+
+            banner.show(node.report.interfaces(), settings)
+        await node.stopping.wait()
+    finally:
+        await server.close()
+        log_book.removed(entry)
+
+
+def warm_up(node: Node) -> None:
+    """Compile the pipeline, or load it from the cache, and say so when it takes long."""
+    line = _CompileLine()
+    with jit.CompileProgress(line.show):
+        node.engine.warm_up()
+    line.finish()
+    jit.freeze(pipeline.burst)
+
+
+class _CompileLine:
+    """Says what is being compiled: on a terminal in one line that changes, else a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._said = 0.0
+        self._kernels = 0
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, name: str, done: int) -> None:
+        """Report that ``done`` kernels are ready and ``name`` is being compiled."""
+        now = time.monotonic()
+        self._kernels = done
+        if now - self._said < (0.1 if self._terminal else _REPORT_SECONDS):
+            return
+        self._said = now
+        line = f"compiling kernels (first start only): {done} done in {now - self._began:.0f} s, now {name}"
+        shown, end = (f"\r\x1b[K{line}", "") if self._terminal else (line, "\n")
+        print(shown, end=end, file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Clear the line and log how long it took, if anything was compiled."""
+        if not self._kernels:
+            return
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        log.info(
+            "compiled kernels=%d seconds=%.1f; the next start takes them from the cache",
+            self._kernels,
+            time.monotonic() - self._began,
+        )
+
+
+def set_up_logging(settings: Log) -> None:
+    """Log to standard error: for people on a terminal, else one line of key=value or of JSON per event."""
+    handler = logging.StreamHandler()
+    if settings.format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
+    for library in ("numba", "asyncio", "aiohttp"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the event as one line of JSON."""
+        import json
+
+        event = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
+        return json.dumps(event | ({"exception": self.formatException(record.exc_info)} if record.exc_info else {}))
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it has started us (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
+        sender.connect("\0" + path[1:] if path.startswith("@") else path)
+        sender.sendall(state.encode())

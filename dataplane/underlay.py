@@ -1,0 +1,185 @@
+"""The node's side of the LAN: the uplink's packet socket, the tunnel's UDP sockets, and news about the link.
+
+The interface may go down, change its MTU or MAC, vanish and come back under another index; the node lives through all
+of it and says what it sees once. In ``udp`` mode there is no packet socket: pods reach other nodes through the tunnel
+only.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from ipaddress import IPv4Network
+from typing import TypeVar
+
+import numpy as np
+
+from dataplane import pipeline
+from dataplane.apply import UNDERLAY, UPLINK
+from dataplane.batch import TUNNEL_PORT_HIGH, TUNNEL_PORT_LOW
+from dataplane.control.state import DesiredState
+from dataplane.devices import namespace, netlink
+from dataplane.devices.device import DeviceError, register
+from dataplane.devices.netlink import Link, LinkEvent, Monitor
+from dataplane.devices.uplink import Uplink
+from dataplane.devices.vxlan_socket import PORT_HIGH, PORT_LOW, VxlanSocket
+from dataplane.engine import Engine
+from dataplane.tables.interface import UP, Driver, Role
+
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+class Underlay:
+    """The open devices of the uplink.
+
+    Attributes:
+        on_link: Its own prefixes.
+        names: Interface rows by name, for routes and reports.
+
+    Raises:
+        DeviceError, NetlinkError: The interface does not exist, or a socket cannot be opened.
+    """
+
+    def __init__(self, engine: Engine, state: DesiredState) -> None:
+        assert state.uplink is not None
+        self._engine = engine
+        self._interfaces = engine.tables.interfaces
+        self._state = state
+        self._wanted = state.uplink
+        self._lost: dict[int, int] = {}
+        self._packet_socket: Uplink | None = None
+        self._tunnel: VxlanSocket | None = None
+        self.names = {self._wanted.interface: UPLINK}
+        link, self._monitor = self._inside(lambda: (netlink.link(self._wanted.interface), Monitor()))
+        self._index = link.index
+        self.on_link = tuple(each.network for each in link.addresses if isinstance(each.network, IPv4Network))
+        try:
+            self._open(link)
+        except BaseException:
+            self.close()
+            raise
+        engine.every_tick(self._count_losses)
+
+    def _inside(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the uplink's namespace: this one, or ``node.netns``."""
+        if not self._state.node.netns:
+            return function()
+        handle = namespace.open_namespace(self._state.node.netns)
+        try:
+            return namespace.in_namespace(handle, function)
+        finally:
+            os.close(handle.fd)
+
+    def _open(self, link: Link) -> None:
+        own = {str(each.ip) for each in link.addresses}
+        for address in self._state.node.addresses:
+            if str(address) not in own:
+                log.warning("node.addresses: %s is not an address of %s", address, link.name)
+        interfaces = self._interfaces
+        if self._wanted.mode == "af_packet":
+            self._packet_socket = self._inside(self._open_packet_socket)
+            register(interfaces, UPLINK, self._packet_socket, Role.UPLINK, link.mac, self._mtu(link))
+        else:
+            interfaces["role"][UPLINK], interfaces["mtu"][UPLINK] = Role.UPLINK, self._mtu(link)
+            interfaces["mac"][UPLINK] = link.mac
+        if self._state.tunnels:
+            self._tunnel = self._inside(self._open_tunnel)
+            self._tunnel.equip(self._engine.io)
+            register(interfaces, UNDERLAY, self._tunnel, Role.UNDERLAY, link.mac, self._mtu(link))
+            settings = self._engine.tables.settings
+            settings[TUNNEL_PORT_LOW], settings[TUNNEL_PORT_HIGH] = PORT_LOW, PORT_HIGH
+            self.names[self._state.vxlan.interface] = UNDERLAY
+        if not link.up:
+            self._set(up=False)
+
+    def _open_packet_socket(self) -> Uplink:
+        return Uplink(self._wanted.interface, self._state.pod_network.cidrs)
+
+    def _open_tunnel(self) -> VxlanSocket:
+        vxlan = self._state.vxlan
+        return VxlanSocket(str(self._state.node.addresses[0]), vxlan.port, checksum=vxlan.udp_checksum)
+
+    def _mtu(self, link: Link) -> int:
+        return min(link.mtu, self._wanted.mtu)
+
+    def attach(self) -> None:
+        """Begin to read."""
+        if self._packet_socket is not None:
+            self._engine.attach(UPLINK, self._packet_socket.fileno(), self._wanted.interface)
+        if self._tunnel is not None:
+            self._engine.attach(UNDERLAY, self._tunnel.fileno(), self._state.vxlan.interface)
+        asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._hear)
+
+    def follow(self, state: DesiredState) -> None:
+        """Take over a new desired state: other blocks need another filter."""
+        self._state = state
+        if self._packet_socket is not None:
+            self._packet_socket.set_prefixes(state.pod_network.cidrs)
+
+    def close(self) -> None:
+        """Stop reading and close everything; a second call does nothing."""
+        if self._monitor.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._monitor.fileno())
+        for row in (UPLINK, UNDERLAY):
+            self._engine.detach(row)
+        for device in (self._packet_socket, self._tunnel, self._monitor):
+            if device is not None:
+                device.close()
+
+    # --- news --------------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        for event in self._monitor.read():
+            if isinstance(event, LinkEvent) and event.link.name == self._wanted.interface:
+                self._follow_link(event.link, event.gone)
+
+    def _follow_link(self, link: Link, gone: bool) -> None:
+        """Follow the interface: down and up, another MTU or MAC, gone and back."""
+        self._set(up=link.up and not gone)
+        if gone:
+            return
+        for row in (UPLINK, UNDERLAY):
+            self._interfaces["mac"][row], self._interfaces["mtu"][row] = link.mac, self._mtu(link)
+        if link.index != self._index:
+            self._reopen(link)
+
+    def _set(self, up: bool) -> None:
+        flags = self._interfaces["flags"]
+        if bool(flags[UPLINK] & UP) != up:
+            log.warning("uplink %s is %s", self._wanted.interface, "up" if up else "down")
+        for row in (UPLINK, UNDERLAY):
+            if self._interfaces["driver"][row] != Driver.NONE:
+                flags[row] = flags[row] | np.uint16(UP) if up else flags[row] & ~np.uint16(UP)
+
+    def _reopen(self, link: Link) -> None:
+        """The interface was deleted and made again: the packet socket is bound to the one that is gone."""
+        self._index = link.index
+        if self._packet_socket is None:
+            return
+        self._engine.detach(UPLINK)
+        self._packet_socket.close()
+        try:
+            self._packet_socket = self._inside(self._open_packet_socket)
+        except DeviceError as error:
+            log.warning("uplink cannot be opened again: %s", error)
+            return
+        self._lost.pop(UPLINK, None)
+        self._interfaces["fd"][UPLINK] = self._packet_socket.fileno()
+        self._engine.attach(UPLINK, self._packet_socket.fileno(), self._wanted.interface)
+        log.info("uplink opened again name=%s", link.name)
+
+    def _count_losses(self, now: int) -> None:
+        """Account for what the kernel lost before we could read it."""
+        totals = {}
+        if self._packet_socket is not None:
+            totals[UPLINK] = self._packet_socket.statistics()[1]
+        if self._tunnel is not None:
+            totals[UNDERLAY] = self._tunnel.statistics()
+        for row, total in totals.items():
+            lost = total - self._lost.get(row, 0)
+            self._lost[row] = total
+            if lost > 0:
+                pipeline.count_lost(self._engine.tables.counters, lost)
+                self._interfaces["rx_dropped"][row] += np.uint64(lost)
