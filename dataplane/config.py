@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from dataplane.config_checks import Problem, check, path_text
 from dataplane.config_lines import KeyPath, find_lines, line_of
-from dataplane.config_model import File, Section, key_name, validate
+from dataplane.config_model import File, Section, key_name
 from dataplane.config_types import Expect
 from dataplane.control import state as desired
 
@@ -190,7 +190,7 @@ class _Pruned:
         """Return the models of what is right; None if nothing can be saved."""
         for _ in range(_PASSES):
             try:
-                return validate(self.values)
+                return _model(self.values).model_validate(self.values)
             except ValidationError as failed:
                 errors = failed.errors(include_url=False)
             if not self.problems:  # later passes only miss what this one takes out
@@ -279,12 +279,23 @@ def _expected(path: KeyPath) -> str:
     raise AssertionError(path)
 
 
+def _model(values: dict[str, Any]) -> type[File]:
+    """Return the smallest model that knows every section of a file; an unknown one may be meant as any."""
+    if values.keys() <= _fields(File).keys():
+        return File
+    from dataplane.config_later import WholeFile
+
+    return WholeFile
+
+
 def _fields(section: type[Section]) -> dict[str | int, FieldInfo]:
     return {key_name(name): field for name, field in section.model_fields.items()}
 
 
 def _section_at(path: KeyPath) -> type[Section]:
-    section: type[Section] = File
+    from dataplane.config_later import WholeFile
+
+    section: type[Section] = WholeFile
     for part in path:
         if isinstance(part, str):
             section = next(_sections(_fields(section)[part].annotation))

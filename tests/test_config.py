@@ -9,7 +9,8 @@ import pytest
 
 from dataplane import config
 from dataplane.config import ConfigError, load, parse
-from dataplane.config_model import key_name, validate
+from dataplane.config_later import DnsSection
+from dataplane.config_model import CaptureSection, File, key_name
 from dataplane.control.state import Engine, Log, PodNetwork, StaticRoute, Uplink, pod_mac, vtep_mac
 from tests.node_file import EVERY_KEY, NODE, errors
 
@@ -30,8 +31,8 @@ def test_the_example_is_the_built_in_configuration():
 
 def test_the_example_says_the_defaults():
     values = tomllib.loads(config.DEFAULT.read_text())
-    given = validate(values)
-    bare = validate({"pods": {"cidr": values["pods"]["cidr"]}})
+    given = File.model_validate(values)
+    bare = File.model_validate({"pods": {"cidr": values["pods"]["cidr"]}})
     assert given.engine == bare.engine
     assert given.log == bare.log
     assert given.metrics == bare.metrics
@@ -107,12 +108,12 @@ def test_routes_are_read():
 
 @pytest.mark.parametrize(("text", "seconds"), [("5s", 5), ("15m", 900), ("24h", 86400), ("500ms", 0.5), ("1.5s", 1.5)])
 def test_durations_have_units(text, seconds):
-    assert validate({"dns": {"ttl": text}}).dns.ttl == seconds
+    assert DnsSection.model_validate({"ttl": text}).ttl == seconds
 
 
 @pytest.mark.parametrize(("text", "size"), [("100M", 100_000_000), ("64K", 64_000), ("7", 7), ("1G", 10**9)])
 def test_sizes_have_units(text, size):
-    assert validate({"capture": {"maxSize": text}}).capture.max_size == size
+    assert CaptureSection.model_validate({"maxSize": text}).max_size == size
 
 
 @pytest.mark.parametrize(
