@@ -20,7 +20,8 @@ def drive(arrays: Any, queries: Any, out: Any, batch: int) -> None:
     """Look up all queries, ``batch`` at a time."""
     interfaces, lows = queries
     for start in range(0, len(out), batch):
-        for i in range(start, start + batch):
+        for j in range(batch):
+            i = np.uint64(start + j)  # unsigned, as in C: no check for counting from the end
             out[i] = neighbour.find(arrays, int(interfaces[i]), np.uint64(0), lows[i])
 
 

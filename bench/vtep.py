@@ -21,7 +21,8 @@ def drive(arrays: Any, queries: Any, out: Any, batch: int) -> None:
     """Look up all queries, ``batch`` at a time."""
     highs, lows = queries
     for start in range(0, len(out), batch):
-        for i in range(start, start + batch):
+        for j in range(batch):
+            i = np.uint64(start + j)  # unsigned, as in C: no check for counting from the end
             out[i] = vtep.find(arrays, highs[i], lows[i])
 
 

@@ -17,6 +17,7 @@ from dataplane.tables.result import FULL, MISS
 
 MAX_PROBE = 32
 _SPARE = 4  # slots per row
+_NO_SIGN = 0x7FFF_FFFF  # a position that is never negative needs no check for counting from the end
 
 SLOT = np.dtype(
     {
@@ -44,12 +45,14 @@ def find(slots: Any, key: Any, scope: int, hi: Word, lo: Word) -> int:
         hi: Upper half of the address.
         lo: Lower half.
     """
-    mask = len(slots) - 1
-    at = int(hash3(hi, lo, scope, key) & 0xFFFF_FFFF) & mask
+    mask = (len(slots) - 1) & _NO_SIGN
+    at = int(hash3(hi, lo, scope, key) & _NO_SIGN) & mask
     for _ in range(MAX_PROBE):
-        row = int(slots["row"][at]) - 1
+        # The record first, then its field: the compiler knows the record's size, a column's stride it does not.
+        slot = slots[at]
+        row = int(slot["row"]) - 1
         # The key of an empty slot is zeros and may match: its row is a miss as well.
-        if slots["lo"][at] == np.uint64(lo) and slots["hi"][at] == np.uint64(hi) and int(slots["scope"][at]) == scope:
+        if slot["lo"] == np.uint64(lo) and slot["hi"] == np.uint64(hi) and int(slot["scope"]) == scope:
             return row
         if row < 0:
             return MISS
@@ -60,8 +63,8 @@ def find(slots: Any, key: Any, scope: int, hi: Word, lo: Word) -> int:
 @kernel
 def insert(slots: Any, key: Any, scope: int, hi: Word, lo: Word, row: int) -> int:
     """Enter ``row`` under a key that is not in yet; return ``row`` or ``FULL``."""
-    mask = len(slots) - 1
-    at = int(hash3(hi, lo, scope, key) & 0xFFFF_FFFF) & mask
+    mask = (len(slots) - 1) & _NO_SIGN
+    at = int(hash3(hi, lo, scope, key) & _NO_SIGN) & mask
     for _ in range(MAX_PROBE):
         if int(slots["row"][at]) == 0:
             slots["hi"][at] = hi
@@ -76,15 +79,15 @@ def insert(slots: Any, key: Any, scope: int, hi: Word, lo: Word, row: int) -> in
 @kernel
 def delete(slots: Any, key: Any, scope: int, hi: Word, lo: Word, row: int) -> int:
     """Take the key of ``row`` out; return ``row``, or ``MISS`` if it was not in."""
-    mask = len(slots) - 1
-    hole = int(hash3(hi, lo, scope, key) & 0xFFFF_FFFF) & mask
+    mask = (len(slots) - 1) & _NO_SIGN
+    hole = int(hash3(hi, lo, scope, key) & _NO_SIGN) & mask
     while int(slots["row"][hole]) != row + 1:
         if int(slots["row"][hole]) == 0:
             return MISS
         hole = (hole + 1) & mask
     at = (hole + 1) & mask
     while int(slots["row"][at]) != 0:
-        home = int(hash3(slots["hi"][at], slots["lo"][at], int(slots["scope"][at]), key) & 0xFFFF_FFFF) & mask
+        home = int(hash3(slots["hi"][at], slots["lo"][at], int(slots["scope"][at]), key) & _NO_SIGN) & mask
         # An entry may move back to the hole only if that is not in front of its home.
         if ((at - home) & mask) >= ((at - hole) & mask):
             slots[hole] = slots[at]

@@ -31,12 +31,13 @@ def lookup6(arrays: Any, hi: Word, lo: Word) -> int:
     """Return the value for an IPv6 address, or -1; ``hi`` and ``lo`` are uint64."""
     table, lengths, key = arrays[1], arrays[2], arrays[3]
     for i in range(len(lengths)):
-        length = int(lengths["length"][i])
+        present = lengths[i]
+        length = int(present["length"])
         if length < 0:
             return MISS
-        at = prefixes.find(table, key, hi & lengths["mask_hi"][i], lo & lengths["mask_lo"][i], length)
+        at = prefixes.find(table, key, hi & present["mask_hi"], lo & present["mask_lo"], length)
         if at >= 0:
-            return int(table["value"][at])
+            return int(table[at]["value"])
     return MISS
 
 

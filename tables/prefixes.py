@@ -12,6 +12,8 @@ from dataplane.jit import kernel, prefetch
 from dataplane.tables.hash import Word, hash3
 from dataplane.tables.result import MISS
 
+_NO_SIGN = 0x7FFF_FFFF  # a position that is never negative needs no check for counting from the end
+
 PREFIX = np.dtype(
     {
         "names": ["hi", "lo", "value", "chunk", "length"],
@@ -25,19 +27,21 @@ PREFIX = np.dtype(
 
 @kernel
 def _home(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
-    return int(hash3(hi, lo, length, key) & 0xFFFF_FFFF) & (len(prefixes) - 1)
+    return int(hash3(hi, lo, length, key) & _NO_SIGN) & (len(prefixes) - 1)
 
 
 @kernel
 def find(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
     """Return the slot of a prefix, or ``MISS``; ``hi`` and ``lo`` are uint64, bits behind the length are 0."""
-    mask = len(prefixes) - 1
+    mask = (len(prefixes) - 1) & _NO_SIGN
     at = _home(prefixes, key, hi, lo, length)
     while True:
-        found = int(prefixes["length"][at])
+        # The record first, then its field: the compiler knows the record's size, a column's stride it does not.
+        prefix = prefixes[at]
+        found = int(prefix["length"])
         if found == 0:
             return MISS
-        if prefixes["lo"][at] == lo and prefixes["hi"][at] == hi and found == length + 1:
+        if prefix["lo"] == lo and prefix["hi"] == hi and found == length + 1:
             return at
         at = (at + 1) & mask
 
