@@ -191,6 +191,7 @@ def test_an_address_of_the_own_block_never_loses_its_blackhole(old: DesiredState
 
 def test_a_pod_gets_a_route_and_the_rest_of_the_block_a_blackhole():
     assert routes(state(pods=(pod("web-0"),))) == {
+        IPv4Network("169.254.1.1/32"): RouteSpec("local", Source.LOCAL_HOST),
         IPv4Network("192.0.2.11/32"): RouteSpec("local", Source.LOCAL_HOST),
         IPv4Network("10.244.1.0/32"): RouteSpec("local", Source.LOCAL_HOST),
         IPv4Network("10.244.1.10/32"): RouteSpec("pod", Source.LOCAL_WORKLOAD, pod("web-0").interface),
@@ -252,8 +253,8 @@ def test_the_uplinks_prefixes_and_static_routes_leave_by_the_uplink():
 def test_a_node_is_built_from_nothing_and_emptied():
     desired = state(pods=(pod("web-0"),), peers=(peer("node2"),))
     kinds = [type(edit) for edit in plan(None, desired)]
-    assert kinds == [ChangeSettings, AddPod, AddVtep, *[SetRoute] * 5]
-    assert [type(edit) for edit in plan(desired, None)] == [*[DeleteRoute] * 5, RemovePod, RemoveVtep]
+    assert kinds == [ChangeSettings, AddPod, AddVtep, *[SetRoute] * 6]
+    assert [type(edit) for edit in plan(desired, None)] == [*[DeleteRoute] * 6, RemovePod, RemoveVtep]
 
 
 def test_a_pod_that_moves_to_another_namespace_changes_in_place():
