@@ -286,7 +286,7 @@ blackhole 10.244.1.0/24 proto 80
 10.244.2.0/24 via 10.244.2.0 dev vxlan.calico onlink mtu 1450
 10.244.3.0/24 via 192.0.2.13 dev eth0 proto 80
 192.0.2.0/24 dev eth0 proto kernel scope link
-local 192.0.2.11 dev lo table local proto kernel scope host
+local 192.0.2.11 dev lo table local proto kernel scope host src 192.0.2.11
 unreachable 203.0.113.0/24 proto static
 """
 
