@@ -5,9 +5,10 @@ is lost on an idle link of this machine is a fault.
 """
 
 import re
+import subprocess
 from pathlib import Path
 
-from tests.netns.harness import Namespace, run
+from tests.netns.harness import Namespace
 
 PORT = 5001
 MEGABYTES = 100 * 1000 * 1000
@@ -113,4 +114,7 @@ def fields(capture: Path, expression: str, *names: str) -> list[list[str]]:
 
 
 def _tshark(capture: Path, *arguments: str) -> str:
-    return run(["tshark", "-n", "-r", str(capture), *arguments], timeout=120)
+    command = ["tshark", "-n", "-r", str(capture), *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}:\n{done.stderr}"
+    return done.stdout

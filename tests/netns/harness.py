@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -203,16 +204,21 @@ class Node:
         """Write the node's file."""
         self.config.write_text(config)
 
-    def launch(self) -> Process:
-        """Start the program without waiting for anything."""
-        command = self.namespace.command(sys.executable, "-m", "dataplane", "run", "--config", self.config)
+    def launch(self, *prefix: str) -> Process:
+        """Start the program, if given by way of another one (env, setpriv), without waiting for anything."""
+        command = self.namespace.command(*prefix, sys.executable, "-m", "dataplane", "run", "--config", self.config)
         self.process = self.network.own(Process(command, cwd=ROOT))
         return self.process
 
     def start(self) -> "Node":
-        """Start the program and wait until packets flow."""
+        """Start the program and wait until packets flow and, a moment later, the control socket answers."""
         self.launch().expect(r"\bready\b", READY_TIMEOUT)
+        eventually(self._answers, READY_TIMEOUT)
         return self
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            return client.connect_ex(str(self.socket)) == 0
 
     @property
     def log(self) -> list[str]:
@@ -368,6 +374,7 @@ def left_over(prefix: str) -> list[str]:
 
 
 def run(command: list[str], *, check: bool = True, timeout: float = TIMEOUT) -> str:
+    """Run a command and return what it prints to both outputs; with ``check`` it has to succeed."""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         timeout=timeout, cwd=ROOT, check=False,
