@@ -15,7 +15,7 @@ from functools import partial
 from dataplane.batch import GATEWAY_LO, POD_MTU, PROXY_ARP
 from dataplane.control import reconcile as plan
 from dataplane.control.reconcile import Edit, RouteSpec
-from dataplane.control.state import DesiredState, Peer, Pod
+from dataplane.control.state import DesiredState, Network, Peer, Pod
 from dataplane.devices import journal, namespace
 from dataplane.devices.journal import Journal
 from dataplane.devices.namespace import NamespaceHandle
@@ -74,7 +74,7 @@ class Wiring:
         self.interfaces: dict[str, int] = {}
         self.links: dict[str, PodLink] = {}
         self.vteps: dict[str, int] = {}
-        self.specs: dict[plan.Network, RouteSpec] = {}
+        self.specs: dict[Network, RouteSpec] = {}
         self.state: DesiredState | None = None
         self._free = list(range(INTERFACES - 1, FIRST_POD - 1, -1))
 

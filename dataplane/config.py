@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, get_args
 
@@ -103,12 +104,14 @@ def _state(file: File) -> desired.DesiredState:
     vxlan = file.vxlan
     overhead = desired.VXLAN_OVERHEAD if uplink and vxlan.mode != "Never" else 0
     mtu = file.pods.mtu or file.uplink.mtu - overhead
+    gateway = file.pods.gateway or desired.POD_GATEWAY
+    assert isinstance(gateway, IPv4Address)  # the checks refuse another
     return desired.DesiredState(
         node=desired.Node(file.node.name, file.node.zone, tuple(file.node.addresses), file.node.netns),
         pod_network=desired.PodNetwork(
             cidrs=tuple(file.pods.cidr),
             mtu=mtu,
-            gateway=file.pods.gateway or desired.POD_GATEWAY,
+            gateway=gateway,
             gateway_mac=file.pods.gateway_mac,
             interface_prefix=file.pods.interface_prefix,
             proxy_arp=file.pods.proxy_arp,

@@ -5,6 +5,7 @@ The order at the start is the order of need: packets flow first, the control API
 
 import asyncio
 import errno
+import importlib
 import logging
 import os
 import signal
@@ -71,6 +72,7 @@ async def _live(settings: Settings, log_book: journal.Journal) -> int:
 
 async def _serve(node: Node, settings: Settings, log_book: journal.Journal) -> None:
     """Offer the control API until the node is told to stop; without it the node goes on, and says so."""
+    await asyncio.to_thread(importlib.import_module, "dataplane.control.handlers")  # packets flow meanwhile
     from dataplane.control import api
 
     entry = log_book.record(journal.File(str(settings.socket)))

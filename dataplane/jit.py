@@ -33,6 +33,8 @@ INTERPRETED = bool(numba_config.DISABLE_JIT)
 BOUNDSCHECK = bool(numba_config.BOUNDSCHECK)
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _CACHES_KEPT = 3
+_KERNEL_FOLDERS = ("codecs", "tables", "stages", "devices")
+_KERNEL_FILES = ("jit.py", "verdict.py", "batch.py", "pipeline.py")
 
 
 def kernel(function: Function) -> Function:
@@ -52,11 +54,17 @@ def kernel(function: Function) -> Function:
 
 
 def source_digest(root: Path) -> str:
-    """Name the sources below ``root``: numba looks at one file only and would keep code whose helpers have changed."""
+    """Name the sources that kernels are made of, below the package ``root``.
+
+    numba looks at the defining file only and would keep code whose helpers or constants have changed. A change of the
+    control plane keeps the cache.
+    """
     digest = hashlib.sha256(f"{sys.version} {numba.__version__} {np.__version__} {BOUNDSCHECK}".encode())
-    for folder, _, files in sorted(os.walk(root, followlinks=True)):
-        for name in sorted(name for name in files if name.endswith(".py")):
-            digest.update(name.encode() + b"\0" + Path(folder, name).read_bytes())
+    files = [root / name for name in _KERNEL_FILES]
+    for folder in _KERNEL_FOLDERS:
+        files += sorted((root / folder).glob("*.py"))
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

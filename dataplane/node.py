@@ -124,6 +124,9 @@ class Node:
             assert old is not None
             state = replace(fresh.state, on_link=old.on_link)
             edits = reconcile.plan(old, state)
+            keys = reconcile.process_keys(self.settings, fresh)
+            if keys:
+                edits = (*edits, NeedsRestart(keys))
             refused = [str(edit) for edit in edits if isinstance(edit, NeedsRestart)]
             if refused:
                 return {"applied": [], "errors": refused}

@@ -124,7 +124,7 @@ class SlowPath:
 
     def _handle(self, batch: Batch, row: int, now: int) -> Iterator[Outgoing]:
         packet = batch.packets[row]
-        reason = Reason(int(packet["reason"]))
+        reason = Reason.of(int(packet["reason"]))
         if reason == Reason.ARP_LEARN:
             self.answered["learned"] += 1
             yield from self.resolver.learn(int(packet["iif"]), unload(batch, row), now)

@@ -7,10 +7,7 @@ only.
 
 import asyncio
 import logging
-import os
-from collections.abc import Callable
 from ipaddress import IPv4Network
-from typing import TypeVar
 
 import numpy as np
 
@@ -18,15 +15,13 @@ from dataplane import pipeline
 from dataplane.apply import UNDERLAY, UPLINK
 from dataplane.batch import TUNNEL_PORT_HIGH, TUNNEL_PORT_LOW
 from dataplane.control.state import DesiredState
-from dataplane.devices import namespace, netlink
+from dataplane.devices import netlink
 from dataplane.devices.device import DeviceError, register
 from dataplane.devices.netlink import Link, LinkEvent, Monitor
 from dataplane.devices.uplink import Uplink
 from dataplane.devices.vxlan_socket import PORT_HIGH, PORT_LOW, VxlanSocket
 from dataplane.engine import Engine
 from dataplane.tables.interface import UP, Driver, Role
-
-Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +47,8 @@ class Underlay:
         self._packet_socket: Uplink | None = None
         self._tunnel: VxlanSocket | None = None
         self.names = {self._wanted.interface: UPLINK}
-        link, self._monitor = self._inside(lambda: (netlink.link(self._wanted.interface), Monitor()))
+        link = netlink.link(self._wanted.interface)
+        self._monitor = Monitor()
         self._index = link.index
         self.on_link = tuple(each.network for each in link.addresses if isinstance(each.network, IPv4Network))
         try:
@@ -62,16 +58,6 @@ class Underlay:
             raise
         engine.every_tick(self._count_losses)
 
-    def _inside(self, function: Callable[[], Result]) -> Result:
-        """Run a function in the uplink's namespace: this one, or ``node.netns``."""
-        if not self._state.node.netns:
-            return function()
-        handle = namespace.open_namespace(self._state.node.netns)
-        try:
-            return namespace.in_namespace(handle, function)
-        finally:
-            os.close(handle.fd)
-
     def _open(self, link: Link) -> None:
         own = {str(each.ip) for each in link.addresses}
         for address in self._state.node.addresses:
@@ -79,13 +65,13 @@ class Underlay:
                 log.warning("node.addresses: %s is not an address of %s", address, link.name)
         interfaces = self._interfaces
         if self._wanted.mode == "af_packet":
-            self._packet_socket = self._inside(self._open_packet_socket)
+            self._packet_socket = self._open_packet_socket()
             register(interfaces, UPLINK, self._packet_socket, Role.UPLINK, link.mac, self._mtu(link))
         else:
             interfaces["role"][UPLINK], interfaces["mtu"][UPLINK] = Role.UPLINK, self._mtu(link)
             interfaces["mac"][UPLINK] = link.mac
         if self._state.tunnels:
-            self._tunnel = self._inside(self._open_tunnel)
+            self._tunnel = self._open_tunnel()
             self._tunnel.equip(self._engine.io)
             register(interfaces, UNDERLAY, self._tunnel, Role.UNDERLAY, link.mac, self._mtu(link))
             settings = self._engine.tables.settings
@@ -161,7 +147,7 @@ class Underlay:
         self._engine.detach(UPLINK)
         self._packet_socket.close()
         try:
-            self._packet_socket = self._inside(self._open_packet_socket)
+            self._packet_socket = self._open_packet_socket()
         except DeviceError as error:
             log.warning("uplink cannot be opened again: %s", error)
             return

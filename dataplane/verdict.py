@@ -33,6 +33,11 @@ class Reason(IntEnum):
         member.verdict, member.stage, member.text = verdict, stage, text
         return member
 
+    @classmethod
+    def of(cls, value: int) -> "Reason":
+        """Return the member with this number, as it stands in a record."""
+        return _BY_VALUE[value]
+
     @property
     def label(self) -> str:
         """The reason's name for people and metrics: ``tunnel.src-not-node``."""
@@ -99,3 +104,4 @@ class Reason(IntEnum):
 
 
 REASONS = 128  # size of every array that is indexed by a reason
+_BY_VALUE = {reason.value: reason for reason in Reason}

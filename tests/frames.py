@@ -56,7 +56,7 @@ def fragments(packet: Packet, size: int) -> list[Packet]:
     """Cut an IP packet into pieces of at most ``size`` payload bytes (a multiple of 8)."""
     whole = IP(bytes(packet))
     payload = bytes(whole.payload)
-    pieces = []
+    pieces: list[Packet] = []
     for at in range(0, len(payload), size):
         piece = whole.copy()
         piece.remove_payload()

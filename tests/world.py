@@ -16,6 +16,7 @@ from dataplane import pipeline
 from dataplane.codecs import vxlan
 from dataplane.devices.io import IoBuffers
 from dataplane.devices.memory import Vnet, load, unload
+from dataplane.stages import defrag
 from dataplane.tables.address import halves, parse_mac
 from dataplane.tables.interface import OFFLOAD, UP, Driver, Role
 from dataplane.tables.neighbour import State
@@ -109,7 +110,7 @@ class World:
             stage(self.batch.arrays, count, self.tables.arrays, self.now)
         outcomes = self.outcomes(count)
         pipeline.tally(self.batch.arrays, count, self.tables.arrays, self.now)
-        pipeline.reclaim(self.tables.arrays)
+        defrag.reclaim(self.tables.arrays)
         return outcomes
 
     def one(self, frame: Any, iif: int, vnet: Vnet | None = None, flags: int = 0) -> Outcome:
@@ -120,7 +121,7 @@ class World:
         return [
             Outcome(
                 Verdict(int(record["verdict"])),
-                Reason(int(record["reason"])),
+                Reason.of(int(record["reason"])),
                 int(record["oif"]),
                 unload(self.batch, row),
                 record.copy(),

@@ -109,7 +109,7 @@ class PodNetwork:
 
     cidrs: tuple[Network, ...] = ()
     mtu: int = 1450
-    gateway: Address = POD_GATEWAY
+    gateway: IPv4Address = POD_GATEWAY
     gateway_mac: int = 0xEEEE_EEEE_EEEE
     interface_prefix: str = "cali"
     proxy_arp: bool = True

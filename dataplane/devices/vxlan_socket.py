@@ -3,9 +3,9 @@
 One socket receives on (node address, VXLAN port). To send, there is one socket per bucket of source ports: the outer
 source port carries the inner flow's hash, and it is what the path's routers and the receiver's cores spread flows by.
 
-The outer UDP checksum is 0 in what we send (``SO_NO_CHECK``) unless asked for; what we receive has been verified by the kernel unless it
-was 0. The outer DF bit is 0. Sockets that only send have a filter that takes nothing, so that strangers' datagrams to
-their ports do not fill a buffer that nobody reads.
+The outer UDP checksum is 0 in what we send (``SO_NO_CHECK``) unless asked for; what we receive has been verified by
+the kernel unless it was 0. The outer DF bit is 0. Sockets that only send have a filter that takes nothing, so that
+strangers' datagrams to their ports do not fill a buffer that nobody reads.
 
 ``UDP_GRO`` and ``UDP_SEGMENT`` would carry several datagrams per call; both are off. The kernel refuses ``UDP_SEGMENT``
 on a socket without checksums, and a coalesced datagram has no room for the outer headers that receive puts back.

@@ -1,0 +1,48 @@
+# make run     set up, and be a node with two pods (root)
+# make test    set up, and run every test
+# make lint    ruff and mypy
+# make bench   every benchmark, beside its references
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CONFIG ?= examples/node.toml
+
+.PHONY: venv run test test-compiled test-interpreted test-bounds lint bench clean
+
+venv: $(VENV)/.installed
+
+# The constraints are what the tests passed with, so a clean install is repeatable.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: venv
+	$(BIN)/dataplane run --config $(CONFIG)
+
+test: test-compiled test-interpreted test-bounds
+
+# All tests, with kernels as they ship.
+test-compiled: venv
+	$(BIN)/python -m pytest
+
+# Kernels as plain Python: every line counts for coverage. Traffic tests run the real program and ran above.
+test-interpreted: venv
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m coverage run -m pytest -m 'not netns'
+	$(BIN)/python -m coverage report --skip-covered
+
+# An access outside an array is an error.
+test-bounds: venv
+	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest -m 'not netns'
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m bench all
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
