@@ -15,8 +15,9 @@ generator::
                 marks={"C": 1.15},                    # ratio ours / reference that must not be exceeded
             )
 
-Every round calls ours, then each reference, in turn (A B A B): a neighbor's noise hits all of them. The ratio is the
-median of the rounds' ratios, not the ratio of medians. Each turn begins with a call that is not counted.
+Every round gives ours and each reference a turn, in random order: a neighbor's noise hits all of them, and none always
+finds the caches as a certain other left them. The ratio is the median of the rounds' ratios, not the ratio of medians.
+Each turn begins with a call that is not counted.
 
 A case may also measure itself: with another ``unit`` ("Gbit/s", "kpps") each callable returns its figure, more is
 better, and a mark is a ratio that must be reached. Bind loop variables with ``functools.partial``, not in a lambda.
@@ -24,6 +25,7 @@ better, and a mark is a ratio that must be reached. Bind loop variables with ``f
 
 import ctypes
 import hashlib
+import random
 import statistics
 import subprocess
 import time
@@ -121,7 +123,7 @@ class Result:
 
 
 def measure(case: Case, quick: bool = False) -> Result:
-    """Run a case: warm up, calibrate, then rounds of ours and each reference in turn."""
+    """Run a case: warm up, calibrate, then rounds in which ours and each reference have a turn."""
     callables = {OURS: case.ours, **case.references}
     if case.unit == NS:
         calls = {name: _calls_per_round(call) for name, call in callables.items()}
@@ -129,9 +131,10 @@ def measure(case: Case, quick: bool = False) -> Result:
     else:
         sample = {name: _returned(call) for name, call in callables.items()}
     samples: dict[str, list[float]] = {name: [] for name in callables}
+    shuffle = random.Random(1)
     for _ in range(case.rounds or (_QUICK_ROUNDS if quick else _ROUNDS)):
-        for name, take in sample.items():
-            samples[name].append(take())
+        for name in shuffle.sample(list(sample), len(sample)):
+            samples[name].append(sample[name]())
     ratios = {
         name: _figure([a / b for a, b in zip(samples[OURS], samples[name], strict=True)]) for name in case.references
     }

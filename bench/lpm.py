@@ -31,12 +31,18 @@ def one_by_one(arrays: Any, addresses: Any, out: Any) -> None:
 
 
 @kernel
-def in_batches(arrays: Any, addresses: Any, out: Any, batch: int) -> None:
-    """Look up all addresses, ``batch`` at a time."""
-    highs, lows = addresses
-    for start in range(0, len(out), batch):
-        stop = start + batch
-        lpm.lookup_many(arrays, highs[start:stop], lows[start:stop], out[start:stop], batch)
+def in_batches(arrays: Any, highs: Any, lows: Any, out: Any) -> None:
+    """Look up all addresses; a row of each array is a batch."""
+    for i in range(len(out)):
+        lpm.lookup_many(arrays, highs[i], lows[i], out[i], out.shape[1])
+
+
+def our_call(table: Lpm, addresses: tuple[Array, Array], out: Array, batch: int) -> Callable[[], object]:
+    """Return the call that looks up all addresses, ``batch`` at a time."""
+    if batch == 1:
+        return partial(one_by_one, table.arrays, addresses, out)
+    highs, lows = (words.reshape(-1, batch) for words in addresses)
+    return partial(in_batches, table.arrays, highs, lows, out.reshape(-1, batch))
 
 
 def cluster_routes(count: int) -> tuple[Array, Array]:
@@ -111,9 +117,7 @@ def lookups(name: str, routes: tuple[Array, Array], quick: bool) -> Iterator[Cas
         "numpy": partial(in_numpy, *make_ranges(table, prefixes, lengths), addresses[1], expected),
     }
     for batch in batches(quick):
-        ours = partial(in_batches, table.arrays, addresses, out, batch)
-        if batch == 1:
-            ours = partial(one_by_one, table.arrays, addresses, out)
+        ours = our_call(table, addresses, out, batch)
         references = {"C": bind_lpm(twin.drive, table, addresses, expected, batch), **others}
         for call in references.values():
             ours(), call()
@@ -145,9 +149,7 @@ def lookups6(quick: bool) -> Iterator[Case]:
     twin = compile_c(read_c("lpm"), "lpm")
     out, expected = np.zeros(total, np.int32), np.zeros(total, np.int32)
     for batch in batches(quick):
-        ours = partial(in_batches, table.arrays, addresses, out, batch)
-        if batch == 1:
-            ours = partial(one_by_one, table.arrays, addresses, out)
+        ours = our_call(table, addresses, out, batch)
         in_c = bind_lpm(twin.drive, table, addresses, expected, batch)
         ours(), in_c()
         assert (out == expected).all()

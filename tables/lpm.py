@@ -59,23 +59,21 @@ def lookup(arrays: Any, hi: Word, lo: Word) -> int:
 def lookup_many(arrays: Any, highs: Any, lows: Any, out: Any, count: int) -> None:
     """Write the value for each of ``count`` addresses to ``out`` (int32), -1 where there is none.
 
-    Three passes, so that the memory of all packets is fetched at once: with a million routes 4 ns instead of 20.
+    Three passes, so that the memory of all packets is fetched at once: with a million routes 5 ns instead of 30.
     """
     nodes = arrays[0]
+    others = 0
     for i in range(count):
         lo = lows[i]
-        if highs[i] == 0 and (lo >> 32) == 0xFFFF:
-            chunk = int(nodes[(lo >> 16) & 0xFFFF]) & _POSITION
-            prefetch(nodes, chunk + int((lo >> 8) & 0xFF))
-            out[i] = chunk
-        else:
-            out[i] = -2 - lookup6(arrays, highs[i], lo)
-    for i in range(count):
-        chunk = int(out[i])
-        if chunk < 0:
-            out[i] = -1 - chunk
+        if highs[i] != 0 or (lo >> 32) != 0xFFFF:
+            out[i] = 0  # no position of a chunk
+            others += 1
             continue
-        entry = int(nodes[(chunk & _POSITION) + int((lows[i] >> 8) & 0xFF)])
+        chunk = int(nodes[(lo >> 16) & 0xFFFF]) & _POSITION
+        prefetch(nodes, chunk + int((lo >> 8) & 0xFF))
+        out[i] = chunk
+    for i in range(count):
+        entry = int(nodes[(int(out[i]) & _POSITION) + int((lows[i] >> 8) & 0xFF)])
         if entry < 0:
             prefetch(nodes, (entry & _POSITION) + int(lows[i] & 0xFF))
         out[i] = entry
@@ -84,6 +82,12 @@ def lookup_many(arrays: Any, highs: Any, lows: Any, out: Any, count: int) -> Non
         if entry < 0:
             entry = int(nodes[(entry & _POSITION) + int(lows[i] & 0xFF)])
         out[i] = entry - 1
+    if others == 0:
+        return
+    # After the others, because its registers would crowd out those of the first pass.
+    for i in range(count):
+        if highs[i] != 0 or (lows[i] >> 32) != 0xFFFF:
+            out[i] = lookup6(arrays, highs[i], lows[i])
 
 
 # --- edits -----------------------------------------------------------------------------------------------------------

@@ -46,19 +46,17 @@ static void one_by_one(const i32 *nodes, const struct prefix *table, i64 mask, c
 static void many(const i32 *nodes, const struct prefix *table, i64 mask, const struct length *lengths, const u64 *key,
                  const u64 *highs, const u64 *lows, i32 *out, i64 count)
 {
+    i64 others = 0;
     for (i64 i = 0; i < count; i++) {
         if (highs[i] || lows[i] >> 32 != 0xffff) {
-            out[i] = -2 - lookup6(table, mask, lengths, key, highs[i], lows[i]);
+            out[i] = 0;
+            others++;
             continue;
         }
         out[i] = nodes[(lows[i] >> 16) & 0xffff];
         __builtin_prefetch(&nodes[out[i] + ((lows[i] >> 8) & 0xff)]);
     }
     for (i64 i = 0; i < count; i++) {
-        if (out[i] < 0) {
-            out[i] = -1 - out[i];
-            continue;
-        }
         i64 entry = nodes[out[i] + ((lows[i] >> 8) & 0xff)];
         if (entry < 0)
             __builtin_prefetch(&nodes[(entry & POSITION) + (lows[i] & 0xff)]);
@@ -70,6 +68,11 @@ static void many(const i32 *nodes, const struct prefix *table, i64 mask, const s
             entry = nodes[(entry & POSITION) + (lows[i] & 0xff)];
         out[i] = entry - 1;
     }
+    if (others == 0)
+        return;
+    for (i64 i = 0; i < count; i++)
+        if (highs[i] || lows[i] >> 32 != 0xffff)
+            out[i] = lookup6(table, mask, lengths, key, highs[i], lows[i]);
 }
 
 void drive(const i32 *nodes, const struct prefix *table, i64 mask, const struct length *lengths, const u64 *key,
