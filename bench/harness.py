@@ -19,8 +19,9 @@ Every round gives ours and each reference a turn, in random order: a neighbor's 
 finds the caches as a certain other left them. The ratio is the median of the rounds' ratios, not the ratio of medians.
 Each turn begins with a call that is not counted.
 
-A case may also measure itself: with another ``unit`` ("Gbit/s", "kpps") each callable returns its figure, more is
-better, and a mark is a ratio that must be reached. Bind loop variables with ``functools.partial``, not in a lambda.
+A case may also measure itself. With ``self_timed`` each callable returns the nanoseconds that it spent on its
+``operations``, so that it can restore its data between them. With another ``unit`` ("Gbit/s", "kpps") it returns its
+figure, more is better, and a mark is a ratio that must be reached. Bind loop variables with ``functools.partial``, not in a lambda.
 """
 
 import ctypes
@@ -60,6 +61,7 @@ class Case:
         marks: Reference to the ratio that the project has promised.
         unit: ``NS``, or the unit of what the callables return.
         rounds: How often; 0 is the default.
+        self_timed: The callables return their nanoseconds.
     """
 
     group: str
@@ -71,6 +73,7 @@ class Case:
     marks: Mapping[str, float] = field(default_factory=dict)
     unit: str = NS
     rounds: int = 0
+    self_timed: bool = False
 
     @property
     def name(self) -> str:
@@ -125,11 +128,11 @@ class Result:
 def measure(case: Case, quick: bool = False) -> Result:
     """Run a case: warm up, calibrate, then rounds in which ours and each reference have a turn."""
     callables = {OURS: case.ours, **case.references}
-    if case.unit == NS:
+    if case.unit != NS or case.self_timed:
+        sample = {name: _returned(call, case.operations if case.unit == NS else 1) for name, call in callables.items()}
+    else:
         calls = {name: _calls_per_round(call) for name, call in callables.items()}
         sample = {name: _timer(call, calls[name], case.operations) for name, call in callables.items()}
-    else:
-        sample = {name: _returned(call) for name, call in callables.items()}
     samples: dict[str, list[float]] = {name: [] for name in callables}
     shuffle = random.Random(1)
     for _ in range(case.rounds or (_QUICK_ROUNDS if quick else _ROUNDS)):
@@ -159,11 +162,11 @@ def _timer(call: Callable[[], object], calls: int, operations: int) -> Callable[
     return take
 
 
-def _returned(call: Callable[[], object]) -> Callable[[], float]:
+def _returned(call: Callable[[], object], operations: int) -> Callable[[], float]:
     def take() -> float:
         value = call()
-        assert isinstance(value, int | float), "a case with its own unit must return its figure"
-        return float(value)
+        assert isinstance(value, int | float), "a case that measures itself must return its figure"
+        return value / operations
 
     return take
 

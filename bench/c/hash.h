@@ -1,4 +1,5 @@
 /* The twin of tables/hash.py. */
+#pragma once
 #include <stdint.h>
 #include <stdlib.h>
 
