@@ -22,6 +22,7 @@ from dataplane.devices.vxlan_socket import PORT_HIGH, PORT_LOW, VxlanSocket
 from dataplane.tables.interface import INTERFACE, OFFLOAD, UP, Driver
 from dataplane.verdict import Reason, Verdict
 
+ETHER = Ether(src="ee:ee:ee:ee:ee:ee", dst="02:00:00:00:00:07")
 NOTHING = bytes(10)
 EBADF = 9
 EMSGSIZE = 90
@@ -123,13 +124,13 @@ def test_p3_a_partial_checksum_passes_to_an_offloading_device_with_its_header(li
 
 
 def test_p4_a_super_frame_passes_whole_with_the_length_of_its_headers(link):
-    frame = bytes(Ether() / IP() / TCP(options=[("Timestamp", (1, 2))]) / Raw(b"x" * 9000))
+    frame = bytes(ETHER / IP() / TCP(options=[("Timestamp", (1, 2))]) / Raw(b"x" * 9000))
     assert link.send([frame], (Vnet(NEEDS_CSUM, GSO_TCPV4, 0, 1400, 34, 16),), mtu=1450) == 1
     assert link.arrived(1) == [struct.pack("BBHHHH", 1, 1, 14 + 20 + 32, 1400, 34, 16) + frame]
 
 
 def test_a_packet_larger_than_the_path_is_fragmented_for_an_offloading_device_too(link):
-    frame = bytes(Ether() / IP(id=1) / UDP() / Raw(b"x" * 3000))
+    frame = bytes(ETHER / IP(id=1) / UDP() / Raw(b"x" * 3000))
     assert link.send([frame], mtu=1500) == 1
     pieces = link.arrived(3)
     assert all(piece[:10] == NOTHING for piece in pieces)
@@ -140,7 +141,7 @@ def test_a_packet_larger_than_the_path_is_fragmented_for_an_offloading_device_to
 def test_a_super_frame_is_segmented_for_a_device_without_offloads(make):
     for driver in (Driver.TAP, Driver.PACKET):
         link = make(driver, UP)
-        frame = bytes(Ether() / IP(id=1) / TCP() / Raw(b"x" * 100 * (MESSAGES + 6)))
+        frame = bytes(ETHER / IP(id=1) / TCP() / Raw(b"x" * 100 * (MESSAGES + 6)))
         assert link.send([frame], (Vnet(NEEDS_CSUM, GSO_TCPV4, 0, 100, 34, 16),)) == 1
         pieces = link.arrived(MESSAGES + 6)
         assert all(piece[:10] == NOTHING and len(piece) == 164 for piece in pieces)
@@ -148,7 +149,7 @@ def test_a_super_frame_is_segmented_for_a_device_without_offloads(make):
 
 
 def test_p6_nothing_is_coalesced_so_nothing_unverified_can_be(link):
-    segment = bytes(Ether() / IP() / TCP(flags="A") / Raw(b"x" * 1400))
+    segment = bytes(ETHER / IP() / TCP(flags="A") / Raw(b"x" * 1400))
     assert link.send([segment] * 8) == 8
     assert link.arrived(8) == [NOTHING + segment] * 8
 
@@ -200,7 +201,7 @@ def test_one_refused_packet_costs_no_other(link):
 def test_a_packet_that_loses_a_piece_counts_as_dropped(make):
     link = make(Driver.TAP, UP, kind=socket.SOCK_SEQPACKET)
     link.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10000)
-    frame = bytes(Ether() / IP(id=1) / TCP() / Raw(b"x" * 60000))
+    frame = bytes(ETHER / IP(id=1) / TCP() / Raw(b"x" * 60000))
     assert link.send([frame], (Vnet(NEEDS_CSUM, GSO_TCPV4, 0, 1000, 34, 16),)) == 0
     assert link.reasons[0] == Reason.OVERLOAD_TX_FULL
     assert link.interfaces["tx_packets"][1] == 0
@@ -256,7 +257,7 @@ def test_frames_for_a_memory_device_stay_in_the_batch(make):
 
 def test_a_memory_device_with_offloads_takes_super_frames_whole(make):
     link = make(Driver.MEMORY, UP | OFFLOAD)
-    frame = bytes(Ether() / IP() / TCP() / Raw(b"x" * 9000))
+    frame = bytes(ETHER / IP() / TCP() / Raw(b"x" * 9000))
     assert link.send([frame], (Vnet(NEEDS_CSUM, GSO_TCPV4, 0, 1400, 34, 16),)) == 1
     assert collect(link.batch, 1, link.interfaces, link.io) == [(1, frame)]
 
@@ -266,7 +267,7 @@ def test_a_memory_device_with_offloads_takes_super_frames_whole(make):
 
 def outer(sport: int, dport: int, tos: int = 0) -> Packet:
     network = IP(src="127.0.0.1", dst="127.0.0.1", tos=tos)
-    return Ether() / network / UDP(sport=sport, dport=dport, chksum=0) / VXLAN(flags=8, vni=4096)
+    return ETHER / network / UDP(sport=sport, dport=dport, chksum=0) / VXLAN(flags=8, vni=4096)
 
 
 class Tunnel(Link):
@@ -303,7 +304,7 @@ def tunnel():
         each.close()
 
 
-INNER = Ether() / IP(id=1) / TCP(seq=7) / Raw(b"x" * 100)
+INNER = ETHER / IP(id=1) / TCP(seq=7) / Raw(b"x" * 100)
 
 
 def test_a_tunneled_frame_is_sent_from_its_vxlan_header_on(tunnel):
@@ -360,7 +361,7 @@ def test_any_number_of_sockets_will_do(tunnel, buckets):
 
 def test_p5_a_tunneled_super_frame_is_sent_as_segments_that_fit_a_datagram(tunnel):
     link = tunnel()
-    frame = bytes(outer(40000, link.port) / Ether() / IP(id=1) / TCP(seq=7) / Raw(b"x" * 65000))
+    frame = bytes(outer(40000, link.port) / ETHER / IP(id=1) / TCP(seq=7) / Raw(b"x" * 65000))
     vnet = Vnet(NEEDS_CSUM, GSO_TCPV4, 0, 500, 50 + 34, 16)
     load(link.batch, [frame], 0)  # tells where the frame will start
     inner = int(link.batch.packets["start"][0]) + 50
