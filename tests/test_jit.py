@@ -108,17 +108,18 @@ def test_an_access_outside_the_array_is_an_index_error_where_it_is_checked(mode)
     assert done.stdout == "caught\n", done.stderr
 
 
-def test_no_kernel_counts_references():
+def test_no_kernel_counts_references(tmp_path):
     """``_nrt=False`` is private to numba: if it stops working, this is where it shows."""
-    script = """
+    script = f"""
+        import os
+        os.environ["XDG_CACHE_HOME"] = {str(tmp_path)!r}  # code from the cache cannot be inspected
         import numpy as np
-        from dataplane import jit, pipeline
-        from dataplane.batch import make_batch
-        from dataplane.devices.io import IoBuffers
-        tables, io, batch = pipeline.Tables(), IoBuffers(), make_batch()
-        pipeline.tally(batch.arrays, 0, tables.arrays, 1)
+        from dataplane import pipeline
+        from dataplane.batch import COUNTER_COUNT, make_batch
+        tables = (np.zeros(1, np.uint8), np.zeros(COUNTER_COUNT, np.uint64))
+        pipeline.tally(make_batch().arrays, 0, tables, 1)
         ir = "".join(pipeline.tally.inspect_llvm().values())
-        print("NRT_incref" in ir or "NRT_decref" in ir, len(ir) > 1000)
+        print("NRT_" in ir, len(ir) > 1000)
     """
     done = in_mode("", script)
     assert done.stdout == "False True\n", done.stderr

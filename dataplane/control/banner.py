@@ -1,5 +1,8 @@
 """What a person at the terminal sees when the node is up: the devices, and lines to try."""
 
+import shutil
+import sys
+
 from dataplane.control.snapshot import Interfaces
 from dataplane.control.state import Pod, Settings
 
@@ -21,17 +24,18 @@ def show(interfaces: Interfaces, settings: Settings) -> None:
     console.print(table)
     console.print("\nTry, in another terminal:")
     for line in suggestions(settings.state.pods):
-        console.print(f"  {line}")
+        console.print(f"  {line}", soft_wrap=True)
     console.print("\nCtrl-C stops the node and takes everything away again.")
 
 
 def suggestions(pods: tuple[Pod, ...]) -> list[str]:
     """Return commands to try with these pods."""
     lines = []
+    program = "dataplane" if shutil.which("dataplane") else sys.argv[0]
     if len(pods) > 1:
         server, client = pods[0], pods[1]
         inside = f"ip netns exec {client.netns}"
         lines.append(f"{inside} ping -c 3 {server.addresses[0]}")
         lines.append(f"{inside} traceroute -n {server.addresses[0]}")
         lines.append(f"ip netns exec {server.netns} iperf3 -s -1 & {inside} iperf3 -c {server.addresses[0]}")
-    return [*lines, "dataplane show counters", "dataplane show drops"]
+    return [*lines, f"{program} show counters", f"{program} show drops"]
