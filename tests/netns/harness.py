@@ -184,8 +184,18 @@ class Namespace:
         capture.expect("listening on")
         try:
             yield path
+            eventually(lambda: _all_written(capture))
         finally:
             capture.stop(signal.SIGINT)
+
+
+def _all_written(tcpdump: Process) -> bool:
+    """Ask tcpdump how it is doing: what still waits in its ring would be lost when it ends."""
+    start = len(tcpdump.lines)
+    tcpdump.send(signal.SIGUSR1)
+    counts = re.findall(r"(\d+) packets?", tcpdump.expect("packets? captured", start=start))
+    assert counts[2] == "0", f"the kernel dropped frames before tcpdump saw them: {counts}"
+    return bool(counts[0] == counts[1])
 
 
 class Node:
