@@ -100,7 +100,10 @@ class RouteTable:
                 self._free.pop()
             self._rows[prefix] = row
             if row == len(self.routes):
-                self.routes = np.concatenate([self.routes, np.zeros(row, ROUTE)])
+                # Not ``concatenate``, which packs a record that has padding: another type, which no kernel was made for.
+                larger = np.zeros(2 * row, ROUTE)
+                larger[:row] = self.routes
+                self.routes = larger
         gateway = halves(route.gateway) if route.gateway else (0, 0)
         self.routes[row] = (route.kind, route.origin, route.flags, route.oif, route.mtu, route.vtep, *gateway)
         return row

@@ -89,6 +89,14 @@ def test_the_rows_grow_and_keep_their_numbers():
     assert table.routes["oif"][rows].tolist() == rows
 
 
+def test_grown_rows_are_of_the_type_that_kernels_were_made_for():
+    table = RouteTable(seed=1)
+    for i in range(65):
+        table.set(IPv4Network((0x0AF4_0000 + i, 32)), Route(Kind.POD, oif=i))
+    assert table.routes.dtype == ROUTE
+    assert table.routes.itemsize == 64
+
+
 def test_a_row_is_used_again_only_after_its_prefix_is_gone():
     table = RouteTable()
     first = table.set(PREFIXES[0], Route(Kind.POD))
