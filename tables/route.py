@@ -100,7 +100,7 @@ class RouteTable:
                 self._free.pop()
             self._rows[prefix] = row
             if row == len(self.routes):
-                # Not ``concatenate``, which packs a record that has padding: another type, which no kernel was made for.
+                # Not ``concatenate``: it packs a record that has padding, and no kernel was made for that type.
                 larger = np.zeros(2 * row, ROUTE)
                 larger[:row] = self.routes
                 self.routes = larger
