@@ -5,7 +5,7 @@ from typing import Any
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.l2 import ARP, Ether
 from scapy.layers.vxlan import VXLAN
-from scapy.packet import Packet, Raw
+from scapy.packet import NoPayload, Packet, Raw
 
 from tests import world as w
 
@@ -65,3 +65,27 @@ def fragments(packet: Packet, size: int) -> list[Packet]:
         piece.flags = "MF" if at + size < len(payload) else 0
         pieces.append(IP(bytes(piece / Raw(payload[at : at + size]))))
     return pieces
+
+
+def patched(frame: Packet | bytes, at: int, octets: bytes) -> bytes:
+    """A frame with some of its bytes overwritten."""
+    raw = bytes(frame)
+    return raw[:at] + octets + raw[at + len(octets) :]
+
+
+def recomputed(frame: bytes) -> bytes:
+    """The same frame with every length and checksum computed by scapy: what it must look like on the wire."""
+    packet = Ether(frame)
+    layer = packet
+    while not isinstance(layer, NoPayload):
+        for name in ("len", "chksum", "plen"):
+            absent = isinstance(layer, UDP) and name == "chksum" and layer.chksum == 0
+            if name in layer.fields and not absent:
+                del layer.fields[name]
+        layer = layer.payload
+    return bytes(packet)
+
+
+def tunneled(ip: Packet, **fields: Any) -> Packet:
+    """An IP packet from node2's VTEP to ours, as it arrives on the underlay."""
+    return tunnel(inner_frame(ip), **fields)

@@ -16,6 +16,8 @@ from dataplane import pipeline
 from dataplane.codecs import vxlan
 from dataplane.devices.io import IoBuffers
 from dataplane.devices.memory import Vnet, load, unload
+from dataplane.slowpath import SlowPath
+from dataplane.stages.parse import parse
 from dataplane.stages import defrag
 from dataplane.tables.address import halves, parse_mac
 from dataplane.tables.interface import OFFLOAD, UP, Driver, Role
@@ -32,6 +34,7 @@ NODE, PEER, STRANGER, LAN_GATEWAY = "192.0.2.11", "192.0.2.12", "192.0.2.66", "1
 UPLINK_MAC, LAN_MAC = "02:00:c0:00:02:0b", "02:00:c0:00:02:01"
 VTEP, PEER_VTEP = "66:00:00:00:00:01", "66:00:00:00:00:02"
 OUTSIDE = "198.51.100.7"
+TUNNEL_ADDRESS = "10.244.1.1"
 SECOND = 1_000_000_000
 POD_MTU = 1450
 
@@ -113,6 +116,13 @@ class World:
         defrag.reclaim(self.tables.arrays)
         return outcomes
 
+    def stage(self, stage: Any, frames: Sequence[Any], iif: int, vnet: Sequence[Vnet] = ()) -> list[Outcome]:
+        """Run one stage alone over frames that are already parsed."""
+        count = self.load(frames, iif, vnet)
+        parse(self.batch.arrays, count, self.tables.arrays, self.now)
+        stage(self.batch.arrays, count, self.tables.arrays, self.now)
+        return self.outcomes(count)
+
     def one(self, frame: Any, iif: int, vnet: Vnet | None = None, flags: int = 0) -> Outcome:
         """What becomes of a single frame."""
         return self.run([frame], iif, [vnet] if vnet else (), flags)[0]
@@ -128,6 +138,16 @@ class World:
             )
             for row, record in enumerate(self.batch.packets[:count])
         ]
+
+    def slow_path(self) -> SlowPath:
+        """The slow path over these tables, with the tunnel's address of the node."""
+        slow = SlowPath(self.tables.arrays, self.tables.routes, self.tables.neighbours, seed=1)
+        slow.tunnel_address = ip_address(TUNNEL_ADDRESS).packed
+        return slow
+
+    def count(self, reason: Reason) -> int:
+        """How many packets had this reason so far."""
+        return int(self.tables.counters[reason])
 
     def balanced(self) -> bool:
         came, by_verdict = pipeline.balance(self.tables.counters)

@@ -55,8 +55,11 @@ def _decide(data: Any, packets: Any, i: int, tables: Any) -> int:
     start = int(packets["start"][i])
     if not wire.valid(data, at, start + int(packets["length"][i])):
         return Reason.ARP_MALFORMED
-    target = wire.target_ip(data, at)
+    sender, target = wire.sender_ip(data, at), wire.target_ip(data, at)
     if target >> 28 == 0xE or target >> 24 == 127 or wire.sender_mac(data, at) & _GROUP:
+        return Reason.ARP_MALFORMED
+    # No station has such an address, and none may fill the neighbor table with them.
+    if sender >> 28 >= 0xE or sender >> 24 == 127:
         return Reason.ARP_MALFORMED
     # Nothing is learned from a tunnel: VTEPs are configured (Calico's ``nolearning``).
     if int(packets["flags"][i]) & TUNNELED:
