@@ -17,8 +17,8 @@ from dataplane.codecs import vxlan
 from dataplane.devices.io import IoBuffers
 from dataplane.devices.memory import Vnet, load, unload
 from dataplane.slowpath import SlowPath
-from dataplane.stages.parse import parse
 from dataplane.stages import defrag
+from dataplane.stages.parse import parse
 from dataplane.tables.address import halves, parse_mac
 from dataplane.tables.interface import OFFLOAD, UP, Driver, Role
 from dataplane.tables.neighbour import State

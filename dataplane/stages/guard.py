@@ -11,7 +11,7 @@ from typing import Any
 
 from dataplane.batch import INJECTED, INTERFACE_TABLE, IPV6, ROUTES, SETTINGS, TUNNEL_PORT, TUNNELED
 from dataplane.codecs import ethernet
-from dataplane.jit import kernel
+from dataplane.jit import kernel, load8
 from dataplane.tables import route
 from dataplane.tables.interface import Role
 from dataplane.tables.route import Kind
@@ -31,6 +31,8 @@ def guard(batch: Any, count: int, tables: Any, now: int) -> None:
         if verdict[i] != Verdict.ACCEPT or flags[i] & INJECTED:
             continue
         why = _impossible(packets, i)
+        if why == Reason.ACCEPTED and load8(data, packets["start"][i]) & 1:
+            why = _to_many(packets, i, tables)
         if why == Reason.ACCEPTED:
             pod = role[iif[i]] == Role.POD
             why = _from_pod(data, packets, i, tables) if pod else _from_outside(packets, i, tables)
@@ -48,7 +50,9 @@ def _impossible(packets: Any, i: int) -> int:
         target_hi, target_lo = packets["dst_hi"][i], packets["dst_lo"][i]
         if target_hi >> 56 == 0xFF:
             return Reason.IP_MULTICAST
-        if source_hi >> 56 == 0xFF or (source_hi == 0 and source_lo <= 1) or (target_hi == 0 and target_lo <= 1):
+        if source_hi >> 56 == 0xFF or (source_hi == 0 and _not_on_a_wire(source_lo)):
+            return Reason.IP_MARTIAN
+        if target_hi == 0 and _not_on_a_wire(target_lo):
             return Reason.IP_MARTIAN
         return Reason.ACCEPTED
     source, target = int(packets["src_lo"][i]) & 0xFFFF_FFFF, int(packets["dst_lo"][i]) & 0xFFFF_FFFF
@@ -57,6 +61,29 @@ def _impossible(packets: Any, i: int) -> int:
     if source >> 24 in (0, 127) or source >> 28 >= 0xE or target >> 24 in (0, 127) or target >> 28 == 0xF:
         return Reason.IP_MARTIAN
     return Reason.ACCEPTED
+
+
+@kernel
+def _not_on_a_wire(lo: Any) -> bool:
+    """Tell whether ::lo is unspecified, loopback or IPv4-mapped.
+
+    A mapped address stands for an IPv4 one in our tables: an IPv6 packet that carries one would take IPv4's routes and
+    pass for an IPv4 pod (draft-itojun-v6ops-v4mapped-harmful; Linux drops it, too).
+    """
+    return bool(lo <= 1 or lo >> 32 == 0xFFFF)
+
+
+@kernel
+def _to_many(packets: Any, i: int, tables: Any) -> int:
+    """Return what becomes of a packet to one station in a frame to many: only that station may take it.
+
+    Each receiver of the frame would forward it otherwise (RFC 1122 3.3.6; ``ip_forward`` takes PACKET_HOST only).
+    """
+    routes = tables[ROUTES]
+    found = route.lookup(routes, packets["dst_hi"][i], packets["dst_lo"][i])
+    if found >= 0 and routes[-1]["kind"][found] == Kind.LOCAL:
+        return Reason.ACCEPTED
+    return Reason.IP_MULTICAST
 
 
 @kernel
