@@ -45,13 +45,13 @@ from dataplane.jit import Array, address, copy, kernel, load8, load16, load32, s
 from dataplane.tables.interface import Driver
 from dataplane.verdict import Verdict
 
+ETHERNET = 14
 OUTER = 42  # Ethernet 14, IPv4 20, UDP 8: what a tunnel's socket makes by itself
 MAX_SEGMENTS = 2048  # of one packet: 32 bytes of payload each; smaller segments are an attack on our time
 
 _TUNNEL = 50  # OUTER and the VXLAN header
 _UDP_HEADER = 8
 _UDP_CHECKSUM = 6
-_ETHERNET = 14
 
 
 @kernel
@@ -113,7 +113,7 @@ def _headers_end(data: Array, packets: Array, row: int) -> int:
         right = kind == GSO_UDP_L4 and (version == 4 or version == 6) and l4 + _UDP_HEADER <= end
         body = l4 + _UDP_HEADER
     network = ipv4.header_length(data, l3) if version == 4 else ipv6.HEADER
-    shape = l3 >= start + _ETHERNET and l4 >= l3 + network and body - start <= HEADERS_SIZE - FRAME
+    shape = l3 >= start + ETHERNET and l4 >= l3 + network and body - start <= HEADERS_SIZE - FRAME
     return body if right and shape else 0
 
 
@@ -199,10 +199,10 @@ def _sum_header(octets: Array, l3: int) -> None:
 def _set_outer(io: Any, base: int, size: int) -> None:
     """Make the outer headers at ``base``, if there are any, those of a piece with ``size`` bytes of inner packet."""
     words, octets = io
-    if words[CUT_L3] < _TUNNEL + _ETHERNET:
+    if words[CUT_L3] < _TUNNEL + ETHERNET:
         return
-    l3 = base + _ETHERNET
-    datagram = _UDP_HEADER + _UDP_HEADER + _ETHERNET + size
+    l3 = base + ETHERNET
+    datagram = _UDP_HEADER + _UDP_HEADER + ETHERNET + size
     store16(octets, l3 + 2, ipv4.HEADER + datagram)
     store16(octets, l3 + 4, load16(octets, l3 + 4) + int(words[CUT_COUNT]))
     _sum_header(octets, l3)
@@ -216,7 +216,7 @@ def fragment(batch: Any, row: int, interfaces: Array, io: Any, oif: int, fd: int
     words, octets = io
     start, l3 = int(packets["start"][row]), int(packets["l3"][row])
     end = start + int(packets["length"][row])
-    if l3 < start + _ETHERNET or not ipv4.valid(data, l3, end):
+    if l3 < start + ETHERNET or not ipv4.valid(data, l3, end):
         reject(packets, interfaces, row, oif, EINVAL)
         return
     _begin(packets, interfaces, io, row, oif, fd)

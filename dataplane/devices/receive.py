@@ -1,9 +1,10 @@
 """Reading a burst of frames into a batch, by the interface's driver.
 
-Most frames fit a small slot, some are super-frames of 64 KiB, and nothing tells before the read. So every read is given
-two pieces of memory: a small slot, and the rest of a super slot. A frame that overflows has its tail already in place;
-only the first ``SMALL_SIZE`` bytes are copied in front of it. Reading stops when no super slot is left to overflow
-into, when the rows are used up, or when the device has no more: every loop is bounded by the rows.
+Most frames fit a small slot, some are super-frames of 64 KiB, and nothing tells before the read. So every read goes
+into a free super slot; a frame that fits is then moved to its row's small slot, and the super slot is free again. The
+move costs 5 ns for a frame of 60 bytes and 25 ns for one of 1400; ``readv`` into a small slot and the rest of a super
+slot, so that only large frames move, costs 80 ns more than ``read`` (in C too; 2 shared vCPUs, Linux 6.18). Reading
+stops when no super slot is left, when the rows are used up, or when the device has no more: the rows bound every loop.
 
 An error of the device (unplugged, down) is stored in the interface's row and counted; the frames read before it count.
 """
@@ -28,13 +29,13 @@ from dataplane.devices.io import (
     TUNNEL_ADDRESS,
     TUNNEL_PORT,
 )
-from dataplane.devices.syscalls import EAGAIN, EINTR, EIO, MSG_DONTWAIT, errno, readv, recvmmsg
+from dataplane.devices.syscalls import EAGAIN, EINTR, EIO, MSG_DONTWAIT, errno, read, recvmmsg
 from dataplane.jit import Array, address, copy, kernel, load16, load32, store8, store16, store32, store48
 from dataplane.tables.interface import Driver
 
 OUTER = 42  # Ethernet 14, IPv4 20, UDP 8: what the kernel takes off a datagram
 
-_TAIL = SUPER_SIZE - SMALL_SIZE
+_BEFORE = HEADROOM - virtio.HEADER  # where in a slot the virtio header is
 _LOW32 = 0xFFFF_FFFF
 _TTL = 64
 _UDP = 17
@@ -58,7 +59,7 @@ def receive(batch: Any, interfaces: Array, index: int, io: Any, limit: int) -> i
     driver = interfaces["driver"][index]
     limit = min(limit, ROWS)
     if driver == Driver.TAP:
-        return _receive_tap(batch, interfaces, index, io, limit)
+        return _receive_tap(batch, interfaces, index, limit)
     if driver == Driver.PACKET or driver == Driver.VXLAN_SOCKET:
         return _receive_messages(batch, interfaces, index, io, limit)
     return 0
@@ -111,39 +112,22 @@ def _take_virtio(data: Array, packets: Array, row: int, at: int) -> None:
 
 @kernel
 def _place(batch: Any, row: int, spare: int, first: int, length: int) -> int:
-    """Settle where the ``length`` bytes read at ``first`` of the row's small slot end up; return their offset there.
+    """Give the row the slot for ``length`` bytes that were read into super slot ``spare``; return their offset.
 
-    ``first`` counts from the slot. When they overflow, they move to super slot ``spare``, where the rest already is.
+    ``first`` counts from the slot: where the read began. What fits the row's small slot is moved there, from the same
+    distance in front of it on.
     """
     data, packets = batch
-    small = row * SMALL_STRIDE
-    if length <= SMALL_SIZE:
-        packets["slot"][row] = small
-        packets["size"][row] = HEADROOM + SMALL_SIZE
-        return small + first
     slot = SUPER_BASE + spare * SUPER_STRIDE
-    copy(data, slot + first, data, small + first, SMALL_SIZE + HEADROOM - first)
     packets["slot"][row] = slot
     packets["size"][row] = HEADROOM + SUPER_SIZE
-    return slot + first
-
-
-@kernel
-def _aim(data: Array, words: Array, message: int, row: int, spare: int) -> None:
-    """Point the iovecs of ``message`` at the row's small slot and at the rest of super slot ``spare``."""
-    iov = IOV + message * IOV_WORDS
-    words[iov] = address(data, row * SMALL_STRIDE + HEADROOM)
-    words[iov + 1] = SMALL_SIZE
-    words[iov + 2] = address(data, SUPER_BASE + spare * SUPER_STRIDE + HEADROOM + SMALL_SIZE)
-    words[iov + 3] = _TAIL
-
-
-@kernel
-def _make_room(words: Array, message: int) -> None:
-    """Let the first iovec of ``message`` begin with the virtio header that comes before the frame."""
-    iov = IOV + message * IOV_WORDS
-    words[iov] -= virtio.HEADER
-    words[iov + 1] += virtio.HEADER
+    if length > SMALL_SIZE:
+        return slot + first
+    small = row * SMALL_STRIDE
+    copy(data, small + first, data, slot + first, HEADROOM - first + length)
+    packets["slot"][row] = small
+    packets["size"][row] = HEADROOM + SMALL_SIZE
+    return small + first
 
 
 @kernel
@@ -151,24 +135,20 @@ def _settle(batch: Any, index: int, row: int, spare: int, got: int) -> int:
     """Make a row of the ``got`` bytes read for it, virtio header included; return the frame's length."""
     data, packets = batch
     length = max(got - virtio.HEADER, 0)
-    header = _place(batch, row, spare, HEADROOM - virtio.HEADER, length)
+    header = _place(batch, row, spare, _BEFORE, length)
     _fill(packets, row, index, header + virtio.HEADER, length)
     _take_virtio(data, packets, row, header)
     return length
 
 
 @kernel
-def _receive_tap(batch: Any, interfaces: Array, index: int, io: Any, limit: int) -> int:
+def _receive_tap(batch: Any, interfaces: Array, index: int, limit: int) -> int:
     """Read frames one by one: a TAP gives no more than one per call."""
     data, _ = batch
-    words, _ = io
     fd = int(interfaces["fd"][index])
-    iov = address(words, IOV + RX * IOV_WORDS)
     row, spare, total = 0, 0, 0
     while row < limit and spare < SUPERS:
-        _aim(data, words, RX, row, spare)
-        _make_room(words, RX)
-        got = readv(fd, iov, 2)
+        got = read(fd, address(data, SUPER_BASE + spare * SUPER_STRIDE + _BEFORE), virtio.HEADER + SUPER_SIZE)
         if got < virtio.HEADER:
             _fail(interfaces, index, errno() if got < 0 else EIO)
             break
@@ -182,21 +162,28 @@ def _receive_tap(batch: Any, interfaces: Array, index: int, io: Any, limit: int)
 
 
 @kernel
-def _prepare_message(words: Array, octets: Array, message: int, with_name: bool) -> None:
-    """Make message header ``message`` ready for a call: the kernel has overwritten the lengths in it."""
-    at = MSG + message * MSG_WORDS
-    words[at] = address(octets, NAME + message * NAME_SIZE) if with_name else 0
-    words[at + 1] = NAME_SIZE if with_name else 0
-    words[at + 2] = address(words, IOV + message * IOV_WORDS)
-    words[at + 3] = 2
-    words[at + 4] = address(words, CONTROL + message * CONTROL_WORDS) if with_name else 0
-    words[at + 5] = CONTROL_WORDS * 8 if with_name else 0
+def _prepare_message(data: Array, io: Any, message: int, spare: int, tunnel: bool) -> None:
+    """Make message ``message`` ready for a call that reads into super slot ``spare``.
+
+    All of it: the kernel has overwritten the lengths. The tunnel's messages bring an address and a control message, all
+    others a virtio header.
+    """
+    words, octets = io
+    at, iov, before = MSG + message * MSG_WORDS, IOV + message * IOV_WORDS, 0 if tunnel else virtio.HEADER
+    words[iov] = address(data, SUPER_BASE + spare * SUPER_STRIDE + HEADROOM - before)
+    words[iov + 1] = before + SUPER_SIZE
+    words[at] = address(octets, NAME + message * NAME_SIZE) if tunnel else 0
+    words[at + 1] = NAME_SIZE if tunnel else 0
+    words[at + 2] = address(words, iov)
+    words[at + 3] = 1
+    words[at + 4] = address(words, CONTROL + message * CONTROL_WORDS) if tunnel else 0
+    words[at + 5] = CONTROL_WORDS * 8 if tunnel else 0
     words[at + 6] = 0
 
 
 @kernel
 def _keep_unused(words: Array, packets: Array, rows: int, got: int, free: int) -> int:
-    """Close the gaps that the overflowed ones of the last ``got`` rows have left in the list of free super slots."""
+    """Take the super slots that the last ``got`` rows have kept off the list of free ones; return how many are left."""
     kept = 0
     for k in range(free):
         if k < got and packets["slot"][rows - got + k] >= SUPER_BASE:
@@ -241,7 +228,7 @@ def _rebuild_outer(data: Array, at: int, length: int, io: Any, message: int, mac
 def _receive_messages(batch: Any, interfaces: Array, index: int, io: Any, limit: int) -> int:
     """Read frames from a packet socket or datagrams from the tunnel's socket, a group per call."""
     data, packets = batch
-    words, octets = io
+    words, _ = io
     tunnel = interfaces["driver"][index] == Driver.VXLAN_SOCKET
     free, row, total = SUPERS, 0, 0
     for k in range(SUPERS):
@@ -249,10 +236,7 @@ def _receive_messages(batch: Any, interfaces: Array, index: int, io: Any, limit:
     while row < limit and free > 0:
         group = min(RX_MESSAGES, free, limit - row)
         for k in range(group):
-            _prepare_message(words, octets, RX + k, tunnel)
-            _aim(data, words, RX + k, row + k, int(words[FREE + k]))
-            if not tunnel:
-                _make_room(words, RX + k)
+            _prepare_message(data, io, RX + k, int(words[FREE + k]), tunnel)
         got = recvmmsg(int(interfaces["fd"][index]), address(words, MSG + RX * MSG_WORDS), group, MSG_DONTWAIT, 0)
         if got <= 0:
             _fail(interfaces, index, errno() if got < 0 else EIO)

@@ -27,7 +27,7 @@ from dataplane.devices.io import (
     SORTED,
 )
 from dataplane.devices.messages import count_frame, describe_datagram, describe_message, enqueue, flush, reject, reserve
-from dataplane.devices.pieces import OUTER, finish_checksum, fragment, fragment_limit, segment
+from dataplane.devices.pieces import ETHERNET, OUTER, finish_checksum, fragment, fragment_limit, segment
 from dataplane.devices.syscalls import EINVAL, errno, write
 from dataplane.jit import Array, address, kernel, load8, load16, store16, store64
 from dataplane.tables.interface import OFFLOAD, UP, Driver
@@ -54,7 +54,11 @@ def transmit(batch: Any, count: int, interfaces: Array, io: Any) -> int:
     words[OUTBOX_FILLED] = 0
     leaving = _arrange(data, packets, count, interfaces, words)
     for k in range(leaving):
-        _send(batch, int(words[SORTED + k]), interfaces, io)
+        row = int(words[SORTED + k])
+        if _is_plain(packets, interfaces, row):
+            _write_plain(data, packets, interfaces, row)
+        else:
+            _send(batch, row, interfaces, io)
     flush(batch, interfaces, io)
     sent = 0
     for row in range(count):
@@ -111,6 +115,28 @@ def _socket_of(data: Array, packets: Array, words: Array, row: int) -> int:
     sockets = int(words[SOCKETS])
     bucket = (sport - int(words[SOCKET_LOW])) * sockets // int(words[SOCKET_SPAN])
     return max(min(bucket, sockets - 1), 0)
+
+
+@kernel
+def _is_plain(packets: Array, interfaces: Array, row: int) -> bool:
+    """Say whether the row is for a TAP, with nothing left to do: by far the most frequent case."""
+    work = int(packets["vnet_flags"][row]) | int(packets["gso_type"][row]) | int(packets["max_fragment"][row])
+    work |= int(packets["flags"][row]) & ENCAPSULATED
+    mtu = int(packets["mtu"][row])
+    fits = mtu == 0 or int(packets["length"][row]) <= mtu + ETHERNET
+    return bool(fits and work == 0 and interfaces["driver"][packets["oif"][row]] == Driver.TAP)
+
+
+@kernel
+def _write_plain(data: Array, packets: Array, interfaces: Array, row: int) -> None:
+    """Write one such row. It stands apart from ``_send`` because calling that costs as much as all of this."""
+    oif, at, length = int(packets["oif"][row]), int(packets["start"][row]) - virtio.HEADER, int(packets["length"][row])
+    store64(data, at, 0)
+    store16(data, at + 8, 0)
+    if write(int(interfaces["fd"][oif]), address(data, at), length + virtio.HEADER) < 0:
+        reject(packets, interfaces, row, oif, errno())
+        return
+    count_frame(interfaces, oif, length)
 
 
 @kernel
