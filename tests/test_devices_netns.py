@@ -247,6 +247,33 @@ def test_a_persistent_tap_stays_and_can_be_opened_again(pod):
         pod.ip("link", "show", "dt1")
 
 
+def test_an_older_kernel_is_asked_for_fewer_offloads(pod, monkeypatch):
+    asked = []
+
+    def ioctl(fd: int, number: int, value: Any) -> int:
+        if number != TUNSETOFFLOAD:
+            return fcntl_ioctl(fd, number, value)
+        asked.append(value)
+        if value != OFFLOADS[-2]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return 0
+
+    fcntl_ioctl = fcntl.ioctl
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    assert pod.open(lambda: Tap("dt2")).offloads == OFFLOADS[-2]
+    assert asked == list(OFFLOADS[:-1])
+
+
+def test_the_mac_mtu_and_persistence_can_be_changed(tap, pod):
+    def change() -> tuple[int, int]:
+        tap.mac, tap.mtu = 0x02_0000_0000_42, 1400
+        tap.persist(True)
+        tap.persist(False)
+        return tap.mac, tap.mtu
+
+    assert pod.run(change) == (0x02_0000_0000_42, 1400)
+
+
 def test_the_kernel_may_choose_the_name(pod):
     assert pod.open(Tap).name == "tap0"
 

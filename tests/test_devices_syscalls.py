@@ -108,9 +108,9 @@ def test_p7_the_buffers_are_described_anew_for_each_call_and_live_as_long_as_the
             gc.collect()
             assert device.recv(batch) == 1
             assert unload(batch, 0).endswith(text)
-    iovec = int(device._io.words[MSG + RX * MSG_WORDS + 2])
-    begin = device._io.words.ctypes.data
-    assert begin <= iovec < begin + device._io.words.nbytes
+    words = device._buffers().words
+    iovec = int(words[MSG + RX * MSG_WORDS + 2])
+    assert words.ctypes.data <= iovec < words.ctypes.data + words.nbytes
     device.close()
 
 
