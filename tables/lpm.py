@@ -30,14 +30,22 @@ LENGTH = np.dtype([("mask_hi", "u8"), ("mask_lo", "u8"), ("length", "i8")])
 def lookup6(arrays: Any, hi: Word, lo: Word) -> int:
     """Return the value for an IPv6 address, or -1; ``hi`` and ``lo`` are uint64."""
     table, lengths, key = arrays[1], arrays[2], arrays[3]
-    for i in range(len(lengths)):
-        present = lengths[i]
-        length = int(present["length"])
+    masked_hi, masked_lo = hi & lengths[0]["mask_hi"], lo & lengths[0]["mask_lo"]
+    at = prefixes.home(table, key, masked_hi, masked_lo, int(lengths[0]["length"]))
+    for i in range(len(lengths) - 1):
+        length = int(lengths[i]["length"])
         if length < 0:
             return MISS
-        at = prefixes.find(table, key, hi & present["mask_hi"], lo & present["mask_lo"], length)
-        if at >= 0:
-            return int(table[at]["value"])
+        # The next length's memory is fetched while this one is looked at. The second hash also makes this function too
+        # large to be inlined: in the loop of an IPv4 lookup it would crowd out registers (1.5 instead of 1.1 ns).
+        following = lengths[i + 1]
+        next_hi, next_lo = hi & following["mask_hi"], lo & following["mask_lo"]
+        next_at = prefixes.home(table, key, next_hi, next_lo, int(following["length"]))
+        prefetch(table, next_at)
+        found = prefixes.find_from(table, at, masked_hi, masked_lo, length)
+        if found >= 0:
+            return int(table[found]["value"])
+        masked_hi, masked_lo, at = next_hi, next_lo, next_at
     return MISS
 
 
@@ -137,7 +145,7 @@ def _cover(edit: Any, address: int, length: int) -> int:
     for bits in range(length - 1, -1, -1):
         if counts[_V4_COUNTS + bits]:
             masked = np.uint64(0xFFFF_0000_0000 | address >> (32 - bits) << (32 - bits))
-            prefixes.fetch(table, key, zero, masked, bits + _V4)
+            prefetch(table, prefixes.home(table, key, zero, masked, bits + _V4))
     for bits in range(length - 1, -1, -1):
         if counts[_V4_COUNTS + bits]:
             masked = np.uint64(0xFFFF_0000_0000 | address >> (32 - bits) << (32 - bits))

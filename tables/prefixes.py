@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dataplane.jit import kernel, prefetch
+from dataplane.jit import kernel
 from dataplane.tables.hash import Word, hash3
 from dataplane.tables.result import MISS
 
@@ -26,15 +26,15 @@ PREFIX = np.dtype(
 
 
 @kernel
-def _home(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
+def home(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
+    """Return the slot where a search for a prefix begins."""
     return int(hash3(hi, lo, length, key) & _NO_SIGN) & (len(prefixes) - 1)
 
 
 @kernel
-def find(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
-    """Return the slot of a prefix, or ``MISS``; ``hi`` and ``lo`` are uint64, bits behind the length are 0."""
+def find_from(prefixes: Any, at: int, hi: Word, lo: Word, length: int) -> int:
+    """Return the slot of a prefix whose home is ``at``, or ``MISS``; ``hi`` and ``lo`` are uint64."""
     mask = (len(prefixes) - 1) & _NO_SIGN
-    at = _home(prefixes, key, hi, lo, length)
     while True:
         # The record first, then its field: the compiler knows the record's size, a column's stride it does not.
         prefix = prefixes[at]
@@ -47,16 +47,16 @@ def find(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
 
 
 @kernel
-def fetch(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> None:
-    """Ask for the cache line where ``find`` will look first."""
-    prefetch(prefixes, _home(prefixes, key, hi, lo, length))
+def find(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
+    """Return the slot of a prefix, or ``MISS``; ``hi`` and ``lo`` are uint64, bits behind the length are 0."""
+    return find_from(prefixes, home(prefixes, key, hi, lo, length), hi, lo, length)
 
 
 @kernel
 def add(prefixes: Any, key: Any, hi: Word, lo: Word, length: int) -> int:
     """Enter a prefix that is not in and return its slot; the caller has seen to it that there is room."""
     mask = len(prefixes) - 1
-    at = _home(prefixes, key, hi, lo, length)
+    at = home(prefixes, key, hi, lo, length)
     while int(prefixes["length"][at]) != 0:
         at = (at + 1) & mask
     prefixes["hi"][at] = hi
@@ -75,9 +75,9 @@ def remove(prefixes: Any, key: Any, hole: int) -> None:
         length = int(prefixes["length"][at]) - 1
         if length < 0:
             break
-        home = _home(prefixes, key, prefixes["hi"][at], prefixes["lo"][at], length)
+        first = home(prefixes, key, prefixes["hi"][at], prefixes["lo"][at], length)
         # It may move back to the hole only if that is not in front of its home.
-        if ((at - home) & mask) >= ((at - hole) & mask):
+        if ((at - first) & mask) >= ((at - hole) & mask):
             prefixes[hole] = prefixes[at]
             hole = at
     prefixes["length"][hole] = 0

@@ -5,22 +5,19 @@ from dataplane.tables.address import V4_BITS, V4_MAPPED
 MASK64 = (1 << 64) - 1
 
 
-def fold(a: int, b: int) -> int:
-    """Both halves of a 128-bit product, XORed."""
-    product = a * b
-    return (product >> 64) ^ (product & MASK64)
-
-
-def hash3(words: list[int], key: list[int]) -> int:
-    """What ``tables.hash.hash3`` computes."""
-    a, b, c = words
-    return fold(fold(a ^ key[0], b ^ key[1]) ^ key[2], c ^ key[3])
-
-
-def hash5(words: list[int], key: list[int]) -> int:
-    """What ``tables.hash.hash5`` computes."""
-    a, b, c, d, e = words
-    return fold(fold(a ^ key[0], b ^ key[1]) ^ fold(c ^ key[2], d ^ key[3]) ^ key[1], e ^ key[2])
+def keyed_hash(words: list[int], key: list[int]) -> int:
+    """What ``hash3`` and ``hash5`` of ``tables.hash`` compute."""
+    total = 0
+    for word, secret in zip(words, key, strict=False):
+        low = (word + secret) % 2**32
+        high = ((word >> 32) + (secret >> 32)) % 2**32
+        total += low * high
+    total &= MASK64
+    total ^= total >> 32
+    total = total * key[-1] & MASK64
+    total ^= total >> 29
+    total = total * key[-1] & MASK64
+    return total ^ total >> 32
 
 
 def is_v4(address: int) -> bool:

@@ -2,24 +2,16 @@
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataplane.jit import kernel
-from dataplane.tables.hash import fold, hash3, hash5, make_key
+from dataplane.tables.hash import hash3, hash5, make_key
 from tests import naive
 
 WORD = st.integers(0, naive.MASK64)
-
-
-@kernel
-def _fold_words(words: Any, out: Any) -> None:
-    for i in range(len(words) - 1):
-        out[i] = fold(words[i], words[i + 1])
 
 
 def hash_of(words: Sequence[int], key: Any) -> int:
@@ -32,7 +24,7 @@ def hash_of(words: Sequence[int], key: Any) -> int:
 @settings(max_examples=200)
 def test_hash3_equals_the_reference(words, seed):
     key = make_key(seed)
-    assert hash_of(words, key) == naive.hash3(words, key.tolist())
+    assert hash_of(words, key) == naive.keyed_hash(words, key.tolist())
 
 
 @given(st.lists(WORD, min_size=5, max_size=5), st.integers(0, 1000))
@@ -40,14 +32,12 @@ def test_hash3_equals_the_reference(words, seed):
 def test_hash5_equals_the_reference(words, seed):
     key = make_key(seed)
     a, b, c, d, e = (np.uint64(word) for word in words)
-    assert int(hash5(a, b, c, d, e, key)) == naive.hash5(words, key.tolist())
+    assert int(hash5(a, b, c, d, e, key)) == naive.keyed_hash(words, key.tolist())
 
 
-@given(st.lists(WORD, min_size=2, max_size=20))
-def test_fold_in_a_kernel_equals_the_reference(words):
-    out = np.zeros(len(words) - 1, np.uint64)
-    _fold_words(np.array(words, np.uint64), out)
-    assert out.tolist() == [naive.fold(a, b) for a, b in pairwise(words)]
+def test_a_negative_word_is_its_two_s_complement():
+    key = make_key(1)
+    assert int(hash3(np.uint64(1), np.uint64(2), -1, key)) == naive.keyed_hash([1, 2, naive.MASK64], key.tolist())
 
 
 def test_a_seed_makes_the_key_reproducible():

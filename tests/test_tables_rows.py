@@ -131,7 +131,7 @@ class Collisions:
     def __init__(self, home: int, count: int) -> None:
         self.slots, self.key = index.make_slots(16), make_key(3)
         mask = len(self.slots) - 1
-        words = (lo for lo in range(1, 1 << 16) if naive.hash3([0, lo, 0], self.key.tolist()) & mask == home)
+        words = (lo for lo in range(1, 1 << 16) if naive.keyed_hash([0, lo, 0], self.key.tolist()) & mask == home)
         self.crafted = [np.uint64(lo) for lo in islice(words, count)]
 
     def insert(self, row: int) -> int:

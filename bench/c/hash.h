@@ -10,13 +10,17 @@ typedef uint8_t u8;
 typedef int64_t i64;
 typedef int32_t i32;
 
-static inline u64 fold(u64 a, u64 b)
+static inline u64 nh(u64 word, u64 secret)
 {
-    unsigned __int128 product = (unsigned __int128)a * b;
-    return (u64)(product >> 64) ^ (u64)product;
+    return (u64)((u32)word + (u32)secret) * (u32)((word >> 32) + (secret >> 32));
 }
 
 static inline u64 hash3(u64 a, u64 b, u64 c, const u64 *key)
 {
-    return fold(fold(a ^ key[0], b ^ key[1]) ^ key[2], c ^ key[3]);
+    u64 total = nh(a, key[0]) + nh(b, key[1]) + nh(c, key[2]);
+    total ^= total >> 32;
+    total *= key[5];
+    total ^= total >> 29;
+    total *= key[5];
+    return total ^ total >> 32;
 }

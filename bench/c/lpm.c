@@ -16,15 +16,23 @@ static inline i64 lookup4(const i32 *nodes, u64 lo)
     return entry - 1;
 }
 
-static inline i64 lookup6(const struct prefix *table, i64 mask, const struct length *lengths, const u64 *key,
-                          u64 hi, u64 lo)
+static inline i64 home(i64 mask, const struct length *length, const u64 *key, u64 masked_hi, u64 masked_lo)
 {
+    return hash3(masked_hi, masked_lo, length->length, key) & POSITION & mask;
+}
+
+static i64 lookup6(const struct prefix *table, i64 mask, const struct length *lengths, const u64 *key, u64 hi, u64 lo)
+{
+    u64 masked_hi = hi & lengths[0].mask_hi, masked_lo = lo & lengths[0].mask_lo;
+    i64 at = home(mask, &lengths[0], key, masked_hi, masked_lo);
     for (i64 i = 0; lengths[i].length >= 0; i++) {
-        u64 masked_hi = hi & lengths[i].mask_hi, masked_lo = lo & lengths[i].mask_lo;
-        i64 at = hash3(masked_hi, masked_lo, lengths[i].length, key) & 0xffffffff & mask;
+        u64 next_hi = hi & lengths[i + 1].mask_hi, next_lo = lo & lengths[i + 1].mask_lo;
+        i64 next_at = home(mask, &lengths[i + 1], key, next_hi, next_lo);
+        __builtin_prefetch(&table[next_at]);
         for (; table[at].length; at = (at + 1) & mask)
             if (table[at].lo == masked_lo && table[at].hi == masked_hi && table[at].length == lengths[i].length + 1)
                 return table[at].value;
+        masked_hi = next_hi, masked_lo = next_lo, at = next_at;
     }
     return -1;
 }
