@@ -248,9 +248,9 @@ def test_a_persistent_tap_stays_and_can_be_opened_again(pod):
 
 
 def test_an_older_kernel_is_asked_for_fewer_offloads(pod, monkeypatch):
-    asked = []
+    asked: list[int] = []
 
-    def ioctl(fd: int, number: int, value: Any) -> int:
+    def ioctl(fd: int, number: int, value: Any) -> Any:
         if number != TUNSETOFFLOAD:
             return fcntl_ioctl(fd, number, value)
         asked.append(value)
