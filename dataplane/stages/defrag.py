@@ -23,6 +23,7 @@ from dataplane.batch import (
     ASSEMBLY,
     ASSEMBLY_BASE,
     COUNTERS,
+    DONT_FRAGMENT,
     FRAGMENT,
     HEADROOM,
     INJECTED_TOTAL,
@@ -244,8 +245,8 @@ def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
     contexts["pieces"][slot] -= 1  # this last one goes on as the datagram
     header, total = int(contexts["header"][slot]), int(contexts["total"][slot])
     ecn = int(contexts["ecn"][slot])
-    # RFC 3168 5.3: a mark on any piece marks the whole, but Not-ECT next to CE is nonsense and drops.
-    if header + total > 65535 or ecn & 0b1001 == 0b1001:
+    # RFC 3168 5.3: a mark on any piece marks the whole. Not-ECT beside anything else is nonsense and drops, as in Linux.
+    if header + total > 65535 or (ecn & 1 and ecn != 1):
         _give_up(tables, slot, Reason.IP_FRAG_OVERLAP)
         return Reason.IP_FRAG_OVERLAP
     base = ASSEMBLY_BASE + slot * SUPER_STRIDE
@@ -268,7 +269,8 @@ def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
     packets["slot"][i], packets["size"][i] = base, SUPER_STRIDE
     packets["tos"][i], packets["ttl"][i], packets["fragment"][i] = tos, load8(data, l3 + 8), 0
     packets["max_fragment"][i] = int(contexts["largest"][slot]) & 0xFFFF
-    packets["flags"][i] = (int(packets["flags"][i]) & ~FRAGMENT | REASSEMBLED) & 0xFFFF
+    flags = int(packets["flags"][i]) & ~(FRAGMENT | DONT_FRAGMENT) | REASSEMBLED | (DONT_FRAGMENT if whole else 0)
+    packets["flags"][i] = flags & 0xFFFF
     packets["vnet_flags"][i] = 0
     packets["gso_type"][i] = 0
     parse_transport(data, packets, i, l4 + total)

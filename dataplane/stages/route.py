@@ -145,9 +145,12 @@ def _fits(data: Any, packets: Any, i: int, mtu: int) -> bool:
     l3, l4 = int(packets["l3"][i]), int(packets["l4"][i])
     size = int(packets["start"][i]) + int(packets["length"][i]) - l3
     flags, gso = int(packets["flags"][i]), int(packets["gso_type"][i])
-    whole = flags & (DONT_FRAGMENT | REASSEMBLED) == DONT_FRAGMENT
+    whole = flags & DONT_FRAGMENT
+    # A datagram that came in pieces may be cut again into pieces of that size.
+    if flags & REASSEMBLED and int(packets["max_fragment"][i]) <= mtu:
+        whole = 0
     if gso == GSO_NONE:
-        return size <= mtu or not whole
+        return size <= mtu or whole == 0
     headers = l4 - l3 + (8 if gso == GSO_UDP_L4 else (load8(data, l4 + 12) >> 4) * 4)
     if headers + int(packets["gso_size"][i]) <= mtu:
         return True
