@@ -108,16 +108,22 @@ def burst(batch: Any, index: int, tables: Any, io: Any, now: int, limit: int) ->
     if count == 0:
         return 0
     if index >= LOADED:
-        parse(batch, count, tables, now)
-        decapsulate(batch, count, tables, now)
-        arp(batch, count, tables, now)
-        guard(batch, count, tables, now)
-        defrag(batch, count, tables, now)
-        route(batch, count, tables, now)
-        encapsulate(batch, count, tables, now)
+        process(batch, count, tables, now)
     transmit(batch, count, tables[INTERFACE_TABLE], io)
     reclaim(tables)
     return count << 16 | tally(batch, count, tables, now)
+
+
+@kernel
+def process(batch: Any, count: int, tables: Any, now: int) -> None:
+    """Run the ``STAGES`` over rows [0, count), in order."""
+    parse(batch, count, tables, now)
+    decapsulate(batch, count, tables, now)
+    arp(batch, count, tables, now)
+    guard(batch, count, tables, now)
+    defrag(batch, count, tables, now)
+    route(batch, count, tables, now)
+    encapsulate(batch, count, tables, now)
 
 
 @kernel
