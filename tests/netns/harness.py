@@ -257,6 +257,13 @@ class Node:
         command = ["env", f"DATAPLANE_SOCKET={self.socket}", sys.executable, "-m", "dataplane", *arguments]
         return run(command, check=check)
 
+    def fail(self, *arguments: str) -> tuple[str, int]:
+        """Run ``dataplane`` where it is expected to fail; return what it says and its exit status."""
+        command = ["env", f"DATAPLANE_SOCKET={self.socket}", sys.executable, "-m", "dataplane", *arguments]
+        running = self.network.own(Process(command, cwd=ROOT))
+        code = running.wait()
+        return running.output, code
+
     def show(self, kind: str) -> Any:
         """Return ``dataplane show KIND -o json``."""
         return json.loads(self.cli("show", kind, "-o", "json"))
@@ -312,6 +319,10 @@ class Network:
             found.sysctl(f"net/ipv6/conf/{scope}/disable_ipv6", 1)  # its neighbor discovery disturbs exact counters
             found.sysctl(f"net/ipv4/conf/{scope}/rp_filter", 0)
         return found
+
+    def remove(self, namespace: Namespace) -> None:
+        """Remove a namespace that the test itself has made."""
+        delete_namespace(namespace.path)
 
     def wire(self, left: tuple[Namespace, str], right: tuple[Namespace, str], mtu: int = 1500) -> None:
         """Connect two namespaces by a veth pair, both ends up."""
