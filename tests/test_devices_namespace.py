@@ -100,7 +100,16 @@ def test_an_existing_name_is_used_and_left_alone():
         ip("netns", "delete", NAME)
 
 
-def test_a_path_is_used_as_it_is():
+def test_a_missing_path_is_created_and_removed_again(tmp_path):
+    path = tmp_path / "pod"
+    with opened(str(path)) as handle:
+        assert handle.created
+        assert handle.cookie != ns.current_cookie()
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_path_that_exists_is_used_and_left_alone():
     with opened("/proc/self/ns/net") as handle:
         assert not handle.created
         assert handle.cookie == ns.current_cookie()
@@ -109,7 +118,7 @@ def test_a_path_is_used_as_it_is():
 @pytest.mark.parametrize(
     ("path", "number", "words"),
     [
-        ("/run/netns/no-such-namespace", errno.ENOENT, "No such file"),
+        ("/run/no-such-folder/pod", errno.ENOENT, "create: No such file"),
         ("/proc/self/ns/mnt", errno.EINVAL, "not a network namespace"),
         ("/etc/hostname", errno.ENOTTY, "not a namespace"),
     ],

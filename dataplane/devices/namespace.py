@@ -87,13 +87,13 @@ def namespace_path(name_or_path: str) -> Path:
 
 
 def open_namespace(name_or_path: str) -> NamespaceHandle:
-    """Open a namespace; one that is given by name is created when it is missing.
+    """Open a namespace; it is created when it is missing, at a path as under a name.
 
     Raises:
-        NamespaceError: A path that does not exist, a file that is no network namespace, or no permission.
+        NamespaceError: A folder that does not exist, a file that is no network namespace, or no permission.
     """
     path = namespace_path(name_or_path)
-    created = "/" not in name_or_path and not path.exists()
+    created = not path.exists()
     try:
         if created:
             _create(path)
@@ -242,11 +242,10 @@ def _quieten(interface: str) -> None:
 
 
 def _create(path: Path) -> None:
-    DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
-    if _mounts_stay_private():
-        log.warning(
-            "namespace %s is seen by this process only: start the node with nsenter --net, not ip netns exec", path
-        )
+    if path.parent == DIRECTORY:
+        _share_directory()
+        if _mounts_stay_private():
+            log.warning("namespace %s is seen by this node only: start it with nsenter --net, not ip netns exec", path)
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
     try:
         _in_thread(lambda: _mount_new(path))
@@ -255,12 +254,17 @@ def _create(path: Path) -> None:
         raise
 
 
-def _mount_new(path: Path) -> None:
-    """Make a namespace in this thread and mount it on the file, so that it outlives the thread."""
+def _share_directory() -> None:
+    """Make /run/netns, and the mounts below it visible in every mount namespace, as ``ip netns add`` does."""
+    DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
     directory = os.fsencode(DIRECTORY)
     if _libc.mount(b"", directory, b"none", MS_SHARED | MS_REC, None):
         _check(_libc.mount(directory, directory, b"none", MS_BIND | MS_REC, None))
         _check(_libc.mount(b"", directory, b"none", MS_SHARED | MS_REC, None))
+
+
+def _mount_new(path: Path) -> None:
+    """Make a namespace in this thread and mount it on the file, so that it outlives the thread."""
     _check(_libc.unshare(CLONE_NEWNET))
     _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), b"none", MS_BIND, None))
 
