@@ -21,7 +21,9 @@ Each turn begins with a call that is not counted.
 
 A case may also measure itself. With ``self_timed`` each callable returns the nanoseconds that it spent on its
 ``operations``, so that it can restore its data between them. With another ``unit`` ("Gbit/s", "kpps") it returns its
-figure, more is better, and a mark is a ratio that must be reached. Bind loop variables with ``functools.partial``, not in a lambda.
+figure, more is better, and a mark is a ratio that must be reached.
+
+Bind loop variables with ``functools.partial``, not in a lambda.
 """
 
 import ctypes
