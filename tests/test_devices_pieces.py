@@ -300,6 +300,14 @@ def test_an_mtu_without_room_for_payload_is_an_error_not_a_loop():
     assert BATCH.packets["reason"][0] == Reason.DEVICE_ERROR
 
 
+def test_headers_that_do_not_fit_their_room_are_refused():
+    frame = built(ETHER / v4() / UDP() / Raw(bytes(v4() / UDP() / Raw(payload(100))) * 20))
+    load(BATCH, [bytes(frame)], 0)
+    inner = 42 + 128 * 10
+    assert sent(frame, mtu=68, l3=int(BATCH.packets["start"][0]) + inner) == []
+    assert BATCH.packets["reason"][0] == Reason.DEVICE_ERROR
+
+
 def test_ipv6_is_not_fragmented_by_routers():
     frame = built(ETHER / v6() / UDP() / Raw(payload(2000)))
     assert sent(frame, mtu=1280) == [bytes(frame)]

@@ -216,7 +216,8 @@ def fragment(batch: Any, row: int, interfaces: Array, io: Any, oif: int, fd: int
     words, octets = io
     start, l3 = int(packets["start"][row]), int(packets["l3"][row])
     end = start + int(packets["length"][row])
-    if l3 < start + ETHERNET or not ipv4.valid(data, l3, end):
+    deepest = start + HEADERS_SIZE - FRAME - ipv4.MAX_HEADER
+    if l3 < start + ETHERNET or l3 > deepest or not ipv4.valid(data, l3, end):
         reject(packets, interfaces, row, oif, EINVAL)
         return
     _begin(packets, interfaces, io, row, oif, fd)
