@@ -1,6 +1,6 @@
 """defrag: datagrams made whole, whatever order and form their pieces come in, and attacks that are not."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def fragmentations(draw):
     units = (len(payload) - 1) // 8
     cuts = [0, *sorted(draw(st.sets(st.integers(1, units), min_size=1, max_size=min(units, 12)))), units + 1]
     pieces = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         part = whole.copy()
         part.remove_payload()
         part.len = part.chksum = None
@@ -325,12 +325,12 @@ def test_the_time_counts_from_the_first_fragment(world):
 
 def with_fields(pieces, **columns):
     changed = []
-    for k, each in enumerate(pieces):
-        each = each.copy()
+    for k, original in enumerate(pieces):
+        changing = original.copy()
         for name, values in columns.items():
-            setattr(each, name, values[k])
-        del each.chksum
-        changed.append(IP(bytes(each)))
+            setattr(changing, name, values[k])
+        del changing.chksum
+        changed.append(IP(bytes(changing)))
     return changed
 
 

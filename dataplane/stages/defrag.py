@@ -245,7 +245,7 @@ def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
     contexts["pieces"][slot] -= 1  # this last one goes on as the datagram
     header, total = int(contexts["header"][slot]), int(contexts["total"][slot])
     ecn = int(contexts["ecn"][slot])
-    # RFC 3168 5.3: a mark on any piece marks the whole. Not-ECT beside anything else is nonsense and drops, as in Linux.
+    # RFC 3168 5.3: a mark on any piece marks the whole. Not-ECT beside anything else is nonsense, and Linux drops it.
     if header + total > 65535 or (ecn & 1 and ecn != 1):
         _give_up(tables, slot, Reason.IP_FRAG_OVERLAP)
         return Reason.IP_FRAG_OVERLAP
@@ -273,5 +273,5 @@ def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
     packets["flags"][i] = flags & 0xFFFF
     packets["vnet_flags"][i] = 0
     packets["gso_type"][i] = 0
-    parse_transport(data, packets, i, l4 + total)
+    parse_transport(data, packets[i], l4 + total)
     return Reason.ACCEPTED

@@ -42,33 +42,35 @@ _TCP = 6
 def route(batch: Any, count: int, tables: Any, now: int) -> None:
     """Give every accepted row of [0, count) its egress interface and link addresses, or the reason it goes nowhere."""
     data, packets = batch
-    verdict, reason, row = packets["verdict"], packets["reason"], packets["route"]
     routes = tables[ROUTES]
     table = routes[-1]
     # Two passes: the lookup's cache misses of all packets overlap instead of adding up.
     for i in range(count):
-        if verdict[i] == Verdict.ACCEPT:
-            row[i] = fib.lookup(routes, packets["dst_hi"][i], packets["dst_lo"][i])
-            prefetch(table, int(row[i]) if row[i] > 0 else 0)
-            prefetch(data, packets["l3"][i])
+        packet = packets[i]
+        if packet["verdict"] == Verdict.ACCEPT:
+            row = fib.lookup(routes, packet["dst_hi"], packet["dst_lo"])
+            packet["route"] = row
+            prefetch(table, max(row, 0))
+            prefetch(data, packet["l3"])
     for i in range(count):
-        if verdict[i] != Verdict.ACCEPT:
+        packet = packets[i]
+        if packet["verdict"] != Verdict.ACCEPT:
             continue
-        why = _forward(data, packets, i, tables, now)
+        why = _forward(data, packet, tables, now)
         if why == Reason.ACCEPTED:
             continue
-        reason[i] = why
+        packet["reason"] = why
         if why in (Reason.NEIGH_RESOLVE, Reason.LOCAL_DELIVERY):
-            verdict[i] = Verdict.QUEUE
+            packet["verdict"] = Verdict.QUEUE
             continue
-        verdict[i] = Verdict.DROP
+        packet["verdict"] = Verdict.DROP
         if why in (Reason.IP_TTL, Reason.MTU_DF, Reason.ROUTE_NONE, Reason.ROUTE_UNREACHABLE):
-            packets["flags"][i] = (int(packets["flags"][i]) | OWES_ERROR) & 0xFFFF
+            packet["flags"] = (int(packet["flags"]) | OWES_ERROR) & 0xFFFF
 
 
 @kernel
-def _forward(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
-    row = int(packets["route"][i])
+def _forward(data: Any, packet: Any, tables: Any, now: int) -> int:
+    row = int(packet["route"])
     if row < 0:
         return Reason.ROUTE_NONE
     routes = tables[ROUTES]
@@ -80,8 +82,8 @@ def _forward(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
         return Reason.ROUTE_UNREACHABLE
     if kind == Kind.LOCAL:
         return Reason.LOCAL_DELIVERY
-    injected = int(packets["flags"][i]) & INJECTED
-    if not injected and int(packets["ttl"][i]) <= 1:
+    injected = int(packet["flags"]) & INJECTED
+    if not injected and int(packet["ttl"]) <= 1:
         return Reason.IP_TTL
     oif, mtu = int(hop["oif"]), int(hop["mtu"])
     if kind == Kind.TUNNEL:
@@ -91,36 +93,36 @@ def _forward(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
         vteps = tables[VTEPS]
         vtep = vteps[-1][peer]
         oif, mtu = int(vtep["oif"]), int(vtep["mtu"])
-        packets["vtep"][i] = peer
+        packet["vtep"] = peer
     interface = tables[INTERFACE_TABLE][oif]
     if mtu == 0:
         mtu = int(interface["mtu"])
-    packets["oif"][i] = oif
-    if not _fits(data, packets, i, mtu):
-        packets["oif"][i] = 0
-        packets["vtep"][i] = -1
+    packet["oif"] = oif
+    if not _fits(data, packet, mtu):
+        packet["oif"] = 0
+        packet["vtep"] = -1
         return Reason.MTU_DF
     if not injected:
-        _decrement_ttl(data, packets, i)
+        _decrement_ttl(data, packet)
     if kind == Kind.TUNNEL:
         return Reason.ACCEPTED
-    frame = int(packets["l3"][i]) - ethernet.HEADER
-    ethertype = int(packets["ethertype"][i])
+    frame = int(packet["l3"]) - ethernet.HEADER
+    ethertype = int(packet["ethertype"])
     if kind == Kind.POD:
         ethernet.emit(data, frame, int(interface["peer_mac"]), int(interface["mac"]), ethertype)
         return Reason.ACCEPTED
     on_link = hop["gateway_hi"] == 0 and hop["gateway_lo"] == 0
-    packets["next_hi"][i] = packets["dst_hi"][i] if on_link else hop["gateway_hi"]
-    packets["next_lo"][i] = packets["dst_lo"][i] if on_link else hop["gateway_lo"]
-    return _resolve(data, packets, i, tables, now)
+    packet["next_hi"] = packet["dst_hi"] if on_link else hop["gateway_hi"]
+    packet["next_lo"] = packet["dst_lo"] if on_link else hop["gateway_lo"]
+    return _resolve(data, packet, tables, now)
 
 
 @kernel
-def _resolve(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
-    """Write the link addresses of row ``i``'s next hop, or leave the row to neighbor resolution."""
+def _resolve(data: Any, packet: Any, tables: Any, now: int) -> int:
+    """Write the link addresses of the packet's next hop, or leave it to neighbor resolution."""
     neighbours = tables[NEIGHBOURS]
-    oif = int(packets["oif"][i])
-    found = neighbour.find(neighbours, oif, packets["next_hi"][i], packets["next_lo"][i])
+    oif = int(packet["oif"])
+    found = neighbour.find(neighbours, oif, packet["next_hi"], packet["next_lo"])
     if found < 0:
         return Reason.NEIGH_RESOLVE
     entry = neighbours[-1][found]
@@ -128,43 +130,45 @@ def _resolve(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
     if state < State.REACHABLE or state == State.FAILED:
         return Reason.NEIGH_RESOLVE
     entry["used_ns"] = now
-    frame = int(packets["l3"][i]) - ethernet.HEADER
-    ours = int(tables[INTERFACE_TABLE]["mac"][oif])
-    ethernet.emit(data, frame, int(entry["mac"]), ours, int(packets["ethertype"][i]))
+    frame = int(packet["l3"]) - ethernet.HEADER
+    ours = int(tables[INTERFACE_TABLE][oif]["mac"])
+    ethernet.emit(data, frame, int(entry["mac"]), ours, int(packet["ethertype"]))
     return Reason.ACCEPTED
 
 
 @kernel
-def _fits(data: Any, packets: Any, i: int, mtu: int) -> bool:
-    """Say whether row ``i`` can leave by a link of this MTU, in pieces if it may be cut; note the MTU in the record.
+def _fits(data: Any, packet: Any, mtu: int) -> bool:
+    """Say whether a packet can leave by a link of this MTU, in pieces if it may be cut; note the MTU in the record.
 
     A super-frame counts as the segments it will become. Larger TCP segments without DF are cut smaller rather than
     fragmented: the result on the wire is what the peer would see from a sender with a smaller MSS.
     """
-    packets["mtu"][i] = mtu
-    l3, l4 = int(packets["l3"][i]), int(packets["l4"][i])
-    size = int(packets["start"][i]) + int(packets["length"][i]) - l3
-    flags, gso = int(packets["flags"][i]), int(packets["gso_type"][i])
+    packet["mtu"] = mtu
+    l3, l4 = int(packet["l3"]), int(packet["l4"])
+    size = int(packet["start"]) + int(packet["length"]) - l3
+    flags, gso = int(packet["flags"]), int(packet["gso_type"])
     whole = flags & DONT_FRAGMENT
     # A datagram that came in pieces may be cut again into pieces of that size.
-    if flags & REASSEMBLED and int(packets["max_fragment"][i]) <= mtu:
+    if flags & REASSEMBLED and int(packet["max_fragment"]) <= mtu:
         whole = 0
     if gso == GSO_NONE:
         return size <= mtu or whole == 0
     headers = l4 - l3 + (8 if gso == GSO_UDP_L4 else (load8(data, l4 + 12) >> 4) * 4)
-    if headers + int(packets["gso_size"][i]) <= mtu:
+    if headers + int(packet["gso_size"]) <= mtu:
         return True
-    if whole or gso == GSO_UDP_L4 or headers >= mtu:
+    if whole or headers >= mtu:
         return False
-    packets["gso_size"][i] = (mtu - headers) & 0xFFFF
+    if gso == GSO_UDP_L4:
+        return True  # the boundaries of datagrams mean something: transmit makes fragments of each
+    packet["gso_size"] = (mtu - headers) & 0xFFFF
     return True
 
 
 @kernel
-def _decrement_ttl(data: Any, packets: Any, i: int) -> None:
-    l3, ttl = int(packets["l3"][i]), int(packets["ttl"][i]) - 1
-    packets["ttl"][i] = ttl & 0xFF
-    if int(packets["flags"][i]) & IPV6:
+def _decrement_ttl(data: Any, packet: Any) -> None:
+    l3, ttl = int(packet["l3"]), int(packet["ttl"]) - 1
+    packet["ttl"] = ttl & 0xFF
+    if int(packet["flags"]) & IPV6:
         store8(data, l3 + 7, ttl)
         return
     # The word that changes is TTL and protocol, so one RFC 1624 update is enough.
