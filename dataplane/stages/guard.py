@@ -25,29 +25,29 @@ _IPIP = 4
 def guard(batch: Any, count: int, tables: Any, now: int) -> None:
     """Drop the packets of rows [0, count) that their interface cannot have sent."""
     data, packets = batch
-    verdict, reason, iif, flags = packets["verdict"], packets["reason"], packets["iif"], packets["flags"]
-    role = tables[INTERFACE_TABLE]["role"]
+    interfaces = tables[INTERFACE_TABLE]
     for i in range(count):
-        if verdict[i] != Verdict.ACCEPT or flags[i] & INJECTED:
+        packet = packets[i]
+        if packet["verdict"] != Verdict.ACCEPT or packet["flags"] & INJECTED:
             continue
-        why = _impossible(packets, i)
-        if why == Reason.ACCEPTED and load8(data, packets["start"][i]) & 1:
-            why = _to_many(packets, i, tables)
+        why = _impossible(packet)
+        if why == Reason.ACCEPTED and load8(data, packet["start"]) & 1:
+            why = _to_many(packet, tables)
         if why == Reason.ACCEPTED:
-            pod = role[iif[i]] == Role.POD
-            why = _from_pod(data, packets, i, tables) if pod else _from_outside(packets, i, tables)
+            pod = interfaces[packet["iif"]]["role"] == Role.POD
+            why = _from_pod(data, packet, tables) if pod else _from_outside(packet, tables)
         if why == Reason.HOST_OWNED:
-            verdict[i], reason[i] = Verdict.STOLEN, why
+            packet["verdict"], packet["reason"] = Verdict.STOLEN, why
         elif why != Reason.ACCEPTED:
-            verdict[i], reason[i] = Verdict.DROP, why
+            packet["verdict"], packet["reason"] = Verdict.DROP, why
 
 
 @kernel
-def _impossible(packets: Any, i: int) -> int:
+def _impossible(packet: Any) -> int:
     """Return why no interface may carry these addresses: groups are not forwarded, martians exist nowhere."""
-    if int(packets["flags"][i]) & IPV6:
-        source_hi, source_lo = packets["src_hi"][i], packets["src_lo"][i]
-        target_hi, target_lo = packets["dst_hi"][i], packets["dst_lo"][i]
+    if int(packet["flags"]) & IPV6:
+        source_hi, source_lo = packet["src_hi"], packet["src_lo"]
+        target_hi, target_lo = packet["dst_hi"], packet["dst_lo"]
         if target_hi >> 56 == 0xFF:
             return Reason.IP_MULTICAST
         if source_hi >> 56 == 0xFF or (source_hi == 0 and _not_on_a_wire(source_lo)):
@@ -55,7 +55,7 @@ def _impossible(packets: Any, i: int) -> int:
         if target_hi == 0 and _not_on_a_wire(target_lo):
             return Reason.IP_MARTIAN
         return Reason.ACCEPTED
-    source, target = int(packets["src_lo"][i]) & 0xFFFF_FFFF, int(packets["dst_lo"][i]) & 0xFFFF_FFFF
+    source, target = int(packet["src_lo"]) & 0xFFFF_FFFF, int(packet["dst_lo"]) & 0xFFFF_FFFF
     if target >> 28 == 0xE or target == 0xFFFF_FFFF:
         return Reason.IP_MULTICAST
     if source >> 24 in (0, 127) or source >> 28 >= 0xE or target >> 24 in (0, 127) or target >> 28 == 0xF:
@@ -74,45 +74,44 @@ def _not_on_a_wire(lo: Any) -> bool:
 
 
 @kernel
-def _to_many(packets: Any, i: int, tables: Any) -> int:
+def _to_many(packet: Any, tables: Any) -> int:
     """Return what becomes of a packet to one station in a frame to many: only that station may take it.
 
     Each receiver of the frame would forward it otherwise (RFC 1122 3.3.6; ``ip_forward`` takes PACKET_HOST only).
     """
     routes = tables[ROUTES]
-    found = route.lookup(routes, packets["dst_hi"][i], packets["dst_lo"][i])
-    if found >= 0 and routes[-1]["kind"][found] == Kind.LOCAL:
+    found = route.lookup(routes, packet["dst_hi"], packet["dst_lo"])
+    if found >= 0 and routes[-1][found]["kind"] == Kind.LOCAL:
         return Reason.ACCEPTED
     return Reason.IP_MULTICAST
 
 
 @kernel
-def _from_pod(data: Any, packets: Any, i: int, tables: Any) -> int:
-    iif = int(packets["iif"][i])
-    if ethernet.source(data, packets["start"][i]) != int(tables[INTERFACE_TABLE]["peer_mac"][iif]):
+def _from_pod(data: Any, packet: Any, tables: Any) -> int:
+    iif = int(packet["iif"])
+    if ethernet.source(data, packet["start"]) != int(tables[INTERFACE_TABLE][iif]["peer_mac"]):
         return Reason.L2_SPOOFED_SRC
     routes = tables[ROUTES]
-    table = routes[-1]
-    back = route.lookup(routes, packets["src_hi"][i], packets["src_lo"][i])
-    if back < 0 or table["kind"][back] != Kind.POD or table["oif"][back] != iif:
+    back = route.lookup(routes, packet["src_hi"], packet["src_lo"])
+    if back < 0 or routes[-1][back]["kind"] != Kind.POD or routes[-1][back]["oif"] != iif:
         return Reason.IP_SPOOFED_SRC
-    protocol = int(packets["protocol"][i])
-    if protocol == _IPIP or (protocol == _UDP and int(packets["dport"][i]) == int(tables[SETTINGS][TUNNEL_PORT])):
+    protocol = int(packet["protocol"])
+    if protocol == _IPIP or (protocol == _UDP and int(packet["dport"]) == int(tables[SETTINGS][TUNNEL_PORT])):
         return Reason.TUNNEL_FROM_POD
     return Reason.ACCEPTED
 
 
 @kernel
-def _from_outside(packets: Any, i: int, tables: Any) -> int:
+def _from_outside(packet: Any, tables: Any) -> int:
     """Return what is wrong with a packet from LAN or tunnel: its source lives here, or it is meant for the host."""
     routes = tables[ROUTES]
-    kind = routes[-1]["kind"]
-    back = route.lookup(routes, packets["src_hi"][i], packets["src_lo"][i])
-    if back >= 0 and (kind[back] == Kind.POD or kind[back] == Kind.LOCAL or kind[back] == Kind.BLACKHOLE):
+    table = routes[-1]
+    back = route.lookup(routes, packet["src_hi"], packet["src_lo"])
+    if back >= 0 and table[back]["kind"] in (Kind.POD, Kind.LOCAL, Kind.BLACKHOLE):
         return Reason.IP_MARTIAN
-    if int(packets["flags"][i]) & TUNNELED == 0:
-        target = route.lookup(routes, packets["dst_hi"][i], packets["dst_lo"][i])
+    if int(packet["flags"]) & TUNNELED == 0:
+        target = route.lookup(routes, packet["dst_hi"], packet["dst_lo"])
         # The node's own addresses belong to the host's stack, which gets its own copy from the shared uplink.
-        if target >= 0 and kind[target] == Kind.LOCAL:
+        if target >= 0 and table[target]["kind"] == Kind.LOCAL:
             return Reason.HOST_OWNED
     return Reason.ACCEPTED

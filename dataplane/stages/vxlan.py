@@ -56,33 +56,34 @@ _GROUP = 1 << 40
 def decapsulate(batch: Any, count: int, tables: Any, now: int) -> None:
     """Unwrap the VXLAN packets of rows [0, count) that are addressed to this node; other rows are untouched."""
     data, packets = batch
-    verdict, reason, iif = packets["verdict"], packets["reason"], packets["iif"]
-    protocol, dport, target = packets["protocol"], packets["dport"], packets["dst_lo"]
-    role = tables[INTERFACE_TABLE]["role"]
-    settings = tables[SETTINGS]
+    interfaces, settings = tables[INTERFACE_TABLE], tables[SETTINGS]
     port, node = int(settings[TUNNEL_PORT]), settings[NODE_LO]
     for i in range(count):
+        packet = packets[i]
+        if packet["verdict"] != Verdict.ACCEPT or packet["protocol"] != _UDP:
+            continue
+        if packet["dport"] != port or packet["dst_lo"] != node:
+            continue
         # A pod's VXLAN is the guard's business, and a fragment has no ports.
-        if verdict[i] != Verdict.ACCEPT or protocol[i] != _UDP or dport[i] != port or target[i] != node:
+        role = interfaces[packet["iif"]]["role"]
+        if role == Role.POD or role == Role.NODE or packet["flags"] & FRAGMENT:
             continue
-        if role[iif[i]] == Role.POD or role[iif[i]] == Role.NODE or packets["flags"][i] & FRAGMENT:
-            continue
-        why = _unwrap(data, packets, i, tables)
+        why = _unwrap(data, packet, tables)
         if why != Reason.ACCEPTED:
-            verdict[i], reason[i] = Verdict.DROP, why
+            packet["verdict"], packet["reason"] = Verdict.DROP, why
 
 
 @kernel
-def _unwrap(data: Any, packets: Any, i: int, tables: Any) -> int:
+def _unwrap(data: Any, packet: Any, tables: Any) -> int:
     settings, vteps = tables[SETTINGS], tables[VTEPS]
-    sender = vtep.find(vteps, packets["src_hi"][i], packets["src_lo"][i])
+    sender = vtep.find(vteps, packet["src_hi"], packet["src_lo"])
     if sender < 0:
         return Reason.TUNNEL_SRC_NOT_NODE
-    l3, l4 = int(packets["l3"][i]), int(packets["l4"][i])
-    end = int(packets["start"][i]) + int(packets["length"][i])
+    l3, l4 = int(packet["l3"]), int(packet["l4"])
+    end = int(packet["start"]) + int(packet["length"])
     if not udp.valid(data, l4, end):
         return Reason.TUNNEL_TRUNCATED
-    if not _outer_checksum_ok(data, packets, i):
+    if not _outer_checksum_ok(data, packet):
         return Reason.TUNNEL_CSUM
     at = l4 + udp.HEADER
     if not wire.valid(data, at, end) or at + wire.HEADER + ethernet.HEADER > end:
@@ -100,68 +101,68 @@ def _unwrap(data: Any, packets: Any, i: int, tables: Any) -> int:
     if to != mine and not to & _GROUP:
         return Reason.TUNNEL_INNER_MAC
     outer_tos = load8(data, l3 + 1)
-    packets["start"][i] = inner
-    packets["length"][i] = end - inner
-    packets["flags"][i] = (int(packets["flags"][i]) | TUNNELED) & 0xFFFF
-    packets["vtep"][i] = -1
-    why = parse_frame(data, packets, i, mine)
+    packet["start"] = inner
+    packet["length"] = end - inner
+    packet["flags"] = (int(packet["flags"]) | TUNNELED) & 0xFFFF
+    packet["vtep"] = -1
+    why = parse_frame(data, packet, mine)
     if why != Reason.ACCEPTED:
         return why
-    table = vteps[-1]
-    table["rx_packets"][sender] += 1
-    table["rx_bytes"][sender] += int(packets["length"][i])
-    _pass_checksum_state(data, packets, i, int(settings[POD_MTU]))
-    return _merge_ecn(data, packets, i, outer_tos)
+    peer = vteps[-1][sender]
+    peer["rx_packets"] += 1
+    peer["rx_bytes"] += int(packet["length"])
+    _pass_checksum_state(data, packet, int(settings[POD_MTU]))
+    return _merge_ecn(data, packet, outer_tos)
 
 
 @kernel
-def _outer_checksum_ok(data: Any, packets: Any, i: int) -> bool:
+def _outer_checksum_ok(data: Any, packet: Any) -> bool:
     """Say whether the outer UDP checksum is absent, right, or promised by the virtio header."""
-    if packets["vnet_flags"][i]:
+    if packet["vnet_flags"]:
         return True
-    l4 = int(packets["l4"][i])
+    l4 = int(packet["l4"])
     if udp.checksum(data, l4) == 0:
         return True
     length = udp.length(data, l4)
-    pseudo = checksum.pseudo_header(0, packets["src_lo"][i], 0, packets["dst_lo"][i], _UDP, length)
+    pseudo = checksum.pseudo_header(0, packet["src_lo"], 0, packet["dst_lo"], _UDP, length)
     return bool(udp.checksum_ok(data, l4, pseudo))
 
 
 @kernel
-def _merge_ecn(data: Any, packets: Any, i: int, outer_tos: int) -> int:
+def _merge_ecn(data: Any, packet: Any, outer_tos: int) -> int:
     """Carry congestion marks of the path inward (RFC 6040 4.2)."""
-    if outer_tos & 3 != _CE or packets["ethertype"][i] == ethernet.ETHERTYPE_ARP:
+    if outer_tos & 3 != _CE or packet["ethertype"] == ethernet.ETHERTYPE_ARP:
         return Reason.ACCEPTED
-    tos, l3 = int(packets["tos"][i]), int(packets["l3"][i])
+    tos, l3 = int(packet["tos"]), int(packet["l3"])
     if tos & 3 == 0:
         return Reason.TUNNEL_ECN
-    if int(packets["flags"][i]) & IPV6:
+    if int(packet["flags"]) & IPV6:
         ipv6.set_traffic_class(data, l3, tos | _CE)
     else:
         ipv4.set_tos(data, l3, tos | _CE)
-    packets["tos"][i] = tos | _CE
+    packet["tos"] = tos | _CE
     return Reason.ACCEPTED
 
 
 @kernel
-def _pass_checksum_state(data: Any, packets: Any, i: int, pod_mtu: int) -> None:
+def _pass_checksum_state(data: Any, packet: Any, pod_mtu: int) -> None:
     """Make the virtio header of a frame that came out of a tunnel (P1, P2)."""
-    packets["vnet_flags"][i] = 0
-    packets["gso_type"][i] = GSO_NONE
-    start, l3, l4 = int(packets["start"][i]), int(packets["l3"][i]), int(packets["l4"][i])
-    end = start + int(packets["length"][i])
-    flags, protocol = int(packets["flags"][i]), int(packets["protocol"][i])
+    packet["vnet_flags"] = 0
+    packet["gso_type"] = GSO_NONE
+    start, l3, l4 = int(packet["start"]), int(packet["l3"]), int(packet["l4"])
+    end = start + int(packet["length"])
+    flags, protocol = int(packet["flags"]), int(packet["protocol"])
     if l4 == 0 or flags & FRAGMENT or protocol not in (_TCP, _UDP) or not partial.partial_state(data, l3, end):
         return
-    packets["vnet_flags"][i] = NEEDS_CSUM
-    packets["csum_start"][i] = (l4 - start) & 0xFFFF
-    packets["csum_offset"][i] = 16 if protocol == _TCP else 6
+    packet["vnet_flags"] = NEEDS_CSUM
+    packet["csum_start"] = (l4 - start) & 0xFFFF
+    packet["csum_offset"] = 16 if protocol == _TCP else 6
     if protocol == _TCP and end - l3 > pod_mtu:
         # The sender's segment size is lost with its virtio header; a pod's MSS follows from the pods' common MTU (P2).
         headers = l4 - l3 + (load8(data, l4 + 12) >> 4) * 4
-        packets["hdr_len"][i] = (l3 - start + headers) & 0xFFFF
-        packets["gso_size"][i] = (pod_mtu - headers) & 0xFFFF
-        packets["gso_type"][i] = GSO_TCPV6 if flags & IPV6 else GSO_TCPV4
+        packet["hdr_len"] = (l3 - start + headers) & 0xFFFF
+        packet["gso_size"] = (pod_mtu - headers) & 0xFFFF
+        packet["gso_type"] = GSO_TCPV6 if flags & IPV6 else GSO_TCPV4
 
 
 @kernel
@@ -171,38 +172,36 @@ def encapsulate(batch: Any, count: int, tables: Any, now: int) -> None:
     Mutates ``start`` and ``length`` (now of the outer frame), ``flags``; ``l3`` and ``l4`` stay at the inner headers.
     """
     data, packets = batch
-    verdict, row, flags = packets["verdict"], packets["vtep"], packets["flags"]
-    vteps = tables[VTEPS]
-    table = vteps[-1]
+    vteps, mine = tables[VTEPS][-1], int(tables[SETTINGS][VTEP_MAC])
     for i in range(count):
-        if verdict[i] != Verdict.ACCEPT or row[i] < 0 or flags[i] & ENCAPSULATED:
+        packet = packets[i]
+        if packet["verdict"] != Verdict.ACCEPT or packet["vtep"] < 0 or packet["flags"] & ENCAPSULATED:
             continue
-        peer = int(row[i])
-        inner = int(packets["l3"][i]) - ethernet.HEADER
-        length = int(packets["length"][i])
-        kind = ethernet.ETHERTYPE_IPV6 if flags[i] & IPV6 else ethernet.ETHERTYPE_IPV4
-        ethernet.emit(data, inner, int(table["mac"][peer]), int(tables[SETTINGS][VTEP_MAC]), kind)
-        start = _outer(data, packets, i, tables, int(table["lo"][peer]) & 0xFFFF_FFFF)
-        packets["start"][i] = start
-        packets["length"][i] = length + inner - start
-        packets["csum_start"][i] = (int(packets["csum_start"][i]) + inner - start) & 0xFFFF
-        packets["hdr_len"][i] = (int(packets["hdr_len"][i]) + inner - start) & 0xFFFF
-        flags[i] = (int(flags[i]) | ENCAPSULATED) & 0xFFFF
-        table["tx_packets"][peer] += 1
-        table["tx_bytes"][peer] += length
+        peer = vteps[packet["vtep"]]
+        inner = int(packet["l3"]) - ethernet.HEADER
+        length = int(packet["length"])
+        kind = ethernet.ETHERTYPE_IPV6 if packet["flags"] & IPV6 else ethernet.ETHERTYPE_IPV4
+        ethernet.emit(data, inner, int(peer["mac"]), mine, kind)
+        start = _outer(data, packet, tables[SETTINGS], int(peer["lo"]) & 0xFFFF_FFFF)
+        packet["start"] = start
+        packet["length"] = length + inner - start
+        packet["csum_start"] = (int(packet["csum_start"]) + inner - start) & 0xFFFF
+        packet["hdr_len"] = (int(packet["hdr_len"]) + inner - start) & 0xFFFF
+        packet["flags"] = (int(packet["flags"]) | ENCAPSULATED) & 0xFFFF
+        peer["tx_packets"] += 1
+        peer["tx_bytes"] += length
 
 
 @kernel
-def _outer(data: Any, packets: Any, i: int, tables: Any, remote: int) -> int:
+def _outer(data: Any, packet: Any, settings: Any, remote: int) -> int:
     """Write VXLAN, UDP, IPv4 and Ethernet in front of the inner frame; return where the outer frame starts.
 
     TOS carries only ECN, and CE becomes ECT(0): the tunnel's own path marks anew (RFC 6040 4.1). DF 0, TTL 64, UDP
     checksum 0, as Calico's device is configured. The MAC addresses stay zero: a socket has none, and a raw uplink
     fills them in.
     """
-    settings = tables[SETTINGS]
-    inner = int(packets["l3"][i]) - ethernet.HEADER
-    length = int(packets["length"][i])
+    inner = int(packet["l3"]) - ethernet.HEADER
+    length = int(packet["length"])
     at = inner - wire.HEADER
     wire.emit(data, at, int(settings[VNI]))
     at -= udp.HEADER
@@ -210,14 +209,14 @@ def _outer(data: Any, packets: Any, i: int, tables: Any, remote: int) -> int:
     udp.emit(
         data,
         at,
-        wire.source_port(_flow_hash(packets, i), low, high),
+        wire.source_port(_flow_hash(packet), low, high),
         int(settings[TUNNEL_PORT]),
         (udp.HEADER + wire.HEADER + length) & 0xFFFF,
     )
     at -= ipv4.HEADER
     total = (ipv4.HEADER + udp.HEADER + wire.HEADER + length) & 0xFFFF
     ipv4.emit(data, at, int(settings[NODE_LO]) & 0xFFFF_FFFF, remote, _UDP, total)
-    ecn = int(packets["tos"][i]) & 3
+    ecn = int(packet["tos"]) & 3
     if ecn:
         ipv4.set_tos(data, at, 2 if ecn == _CE else ecn)
     at -= ethernet.HEADER
@@ -226,17 +225,17 @@ def _outer(data: Any, packets: Any, i: int, tables: Any, remote: int) -> int:
 
 
 @kernel
-def _flow_hash(packets: Any, i: int) -> int:
+def _flow_hash(packet: Any) -> int:
     """Return 32 bits that are the same for all packets of a flow and well spread otherwise (murmur3's finalizer).
 
     It picks a source port and nothing else, so it needs no secret: an attacker gains only an uneven spread of his own
     flows.
     """
-    ports = int(packets["sport"][i]) << 16 | int(packets["dport"][i])
-    word = packets["src_lo"][i] ^ packets["src_hi"][i]
-    other = packets["dst_lo"][i] ^ packets["dst_hi"][i]
+    ports = int(packet["sport"]) << 16 | int(packet["dport"])
+    word = packet["src_lo"] ^ packet["src_hi"]
+    other = packet["dst_lo"] ^ packet["dst_hi"]
     mixed = (int(word) & 0xFFFF_FFFF) * 0x9E37_79B1 + (int(other) & 0xFFFF_FFFF) * 0x85EB_CA77
-    mixed = (mixed + ports * 0xC2B2_AE3D + int(packets["protocol"][i])) & 0xFFFF_FFFF
+    mixed = (mixed + ports * 0xC2B2_AE3D + int(packet["protocol"])) & 0xFFFF_FFFF
     mixed = (mixed ^ mixed >> 16) * 0x85EB_CA6B & 0xFFFF_FFFF
     mixed = (mixed ^ mixed >> 13) * 0xC2B2_AE35 & 0xFFFF_FFFF
     return mixed ^ mixed >> 16
