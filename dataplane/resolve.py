@@ -8,7 +8,7 @@ that stays silent loses its packets with the reason neigh.unresolved, and their 
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 
 import dpkt
@@ -26,7 +26,9 @@ RETRANS_NS = SECOND  # retrans_time
 PROBES = 3  # ucast_solicit, and mcast_solicit
 STALE_NS = 60 * SECOND  # gc_stale_time
 LOCK_NS = SECOND  # locktime: of two different answers the first holds for this long
+EARLY_NS = SECOND // 10  # a tick may come early: the event loop's timers count milliseconds, by a clock of their own
 QUEUE_BYTES = 212_992  # unres_qlen_bytes
+PACKET_COST = 512  # what it costs to keep a packet besides its bytes; the kernel counts memory (truesize), too
 BROADCAST = 0xFFFF_FFFF_FFFF
 GC_START = 128  # gc_thresh1: with fewer entries nothing is collected
 
@@ -41,6 +43,7 @@ class Outgoing:
     frame: bytes
     oif: int = 0
     vnet: Vnet = NO_OFFLOAD
+    max_fragment: int = 0  # of a datagram that came in fragments: the largest one's IP length
 
 
 @dataclass(slots=True)
@@ -89,55 +92,69 @@ class Resolver:
         return sum(len(waiting.frames) for waiting in self._waiting.values())
 
     def hold(self, packet: Outgoing, address: Address, now: int) -> list[Outgoing]:
-        """Keep a packet until the neighbor at ``address`` on its ``oif`` is known; return the question to send."""
+        """Keep a packet until the neighbor at ``address`` on its ``oif`` is known; return the question to send.
+
+        A packet whose neighbor has become known since it was routed comes back, to be routed again.
+        """
         try:
-            row = self._row(packet.oif, address, now)
+            row = self._row(packet.oif, address)
         except TableFullError:
             self._drop(packet, Reason.NEIGH_QUEUE_FULL)
             return []
+        state = int(self.table.records[row]["state"])
+        if state >= State.REACHABLE and state != State.FAILED:
+            return [replace(packet, oif=0)]
         waiting = self._waiting.setdefault(row, _Waiting())
         waiting.frames.append(packet)
-        waiting.size += len(packet.frame)
+        waiting.size += len(packet.frame) + PACKET_COST
         while waiting.size > QUEUE_BYTES:
             oldest = waiting.frames.popleft()
-            waiting.size -= len(oldest.frame)
+            waiting.size -= len(oldest.frame) + PACKET_COST
             self._drop(oldest, Reason.NEIGH_QUEUE_FULL)
-        entry = self.table.records[row]
-        if entry["state"] == State.INCOMPLETE:
+        if state == State.INCOMPLETE:
             return []
         return [self._ask(row, State.INCOMPLETE, now)]
 
     def learn(self, interface: int, frame: bytes, now: int) -> list[Outgoing]:
         """Believe an ARP packet as far as the kernel would; return the packets that waited for what it says."""
         arp = dpkt.arp.ARP(frame[14:])  # the ARP stage has checked it
-        operation, mac = arp.op, int.from_bytes(arp.sha)
-        gratuitous = arp.spa == arp.tpa
-        address = IPv4Address(arp.spa)
-        row = self.table.find(interface, address)
+        request, mac = arp.op == dpkt.arp.ARP_OP_REQUEST, int.from_bytes(arp.sha)
+        gratuitous = arp.spa == arp.tpa and (request or arp.tha == arp.sha)
+        row = self._known_or_asking(interface, IPv4Address(arp.spa), request and not gratuitous)
         if row < 0:
-            # A request for one of our addresses: its sender is about to be answered, so its address will be needed.
-            if operation != dpkt.arp.ARP_OP_REQUEST or gratuitous:
-                return []
-            try:
-                row = self._row(interface, address, now)
-            except TableFullError:
-                return []
+            return []
         entry = self.table.records[row]
+        if entry["state"] == State.PERMANENT:
+            return []
         known = State.REACHABLE <= entry["state"] <= State.PROBE
-        changed = int(entry["mac"]) != mac
+        changed = not known or int(entry["mac"]) != mac
         if known and changed and not gratuitous and now - int(entry["updated_ns"]) < LOCK_NS:
             return []
-        solicited = operation == dpkt.arp.ARP_OP_REPLY and frame[:6] != BROADCAST.to_bytes(6)
-        if solicited or (known and not changed and entry["state"] == State.REACHABLE):
-            self._set(row, State.REACHABLE, now)
-            entry["confirmed_ns"] = now
-            self._reachable_until[row] = now + int(REACHABLE_NS * (0.5 + self._random.random()))
-        elif changed or not known:
-            self._set(row, State.STALE, now)
-        if changed:
-            entry["updated_ns"] = now
         entry["mac"] = mac
+        if not request and not frame[0] & 1:
+            # A reply to us alone: the only proof that the neighbor hears us.
+            self._confirm(row, changed, now)
+        elif changed:
+            self._set(row, State.STALE, now)
         return self._release(row)
+
+    def _known_or_asking(self, interface: int, address: Address, asks: bool) -> int:
+        """Return the row of who sent an ARP packet, or -1; a request for us makes one, since an answer follows."""
+        row = self.table.find(interface, address)
+        if row >= 0 or not asks:
+            return row
+        try:
+            return self._row(interface, address)
+        except TableFullError:
+            return -1
+
+    def _confirm(self, row: int, changed: bool, now: int) -> None:
+        """Note that a neighbor is reachable. The lock on its address does not begin anew if that stays the same."""
+        entry = self.table.records[row]
+        if changed or entry["state"] != State.REACHABLE:
+            self._set(row, State.REACHABLE, now)
+        entry["confirmed_ns"] = now
+        self._reachable_until[row] = now + int(REACHABLE_NS * (0.5 + self._random.random()))
 
     def tick(self, now: int) -> list[Outgoing]:
         """Let time pass; return the questions that are due. Call it about once a second."""
@@ -152,9 +169,9 @@ class Resolver:
                     self._set(row, State.DELAY, now)
                 elif age > STALE_NS and len(self.table) > GC_START:
                     self._forget(row)
-            elif state == State.DELAY and age >= DELAY_NS:
+            elif state == State.DELAY and age >= DELAY_NS - EARLY_NS:
                 out.append(self._ask(row, State.PROBE, now))
-            elif state in (State.INCOMPLETE, State.PROBE) and age >= RETRANS_NS:
+            elif state in (State.INCOMPLETE, State.PROBE) and age >= RETRANS_NS - EARLY_NS:
                 if int(entry["probes"]) < PROBES:
                     out.append(self._ask(row, State(state), now))
                 else:
@@ -163,7 +180,7 @@ class Resolver:
                 self._forget(row)
         return out
 
-    def _row(self, interface: int, address: Address, now: int) -> int:
+    def _row(self, interface: int, address: Address) -> int:
         """Return the neighbor's row, made if need be; a full table loses its oldest entry that nobody waits for."""
         row = self.table.find(interface, address)
         if row >= 0:
@@ -196,7 +213,7 @@ class Resolver:
     def _release(self, row: int) -> list[Outgoing]:
         """Return the packets that waited, to be routed again: by now the route may be another."""
         waiting = self._waiting.pop(row, _Waiting())
-        return [Outgoing(packet.frame, 0, packet.vnet) for packet in waiting.frames]
+        return [replace(packet, oif=0) for packet in waiting.frames]
 
     def _fail(self, row: int, now: int) -> None:
         self._set(row, State.FAILED, now)
