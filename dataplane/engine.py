@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dataplane import pipeline
+from dataplane import jit, pipeline
 from dataplane.batch import INJECTED, ROWS, make_batch
 from dataplane.devices.io import IoBuffers
 from dataplane.devices.memory import load
+from dataplane.devices.transmit import transmit
 from dataplane.pipeline import Tables
 from dataplane.resolve import Outgoing
 from dataplane.slowpath import SlowPath
@@ -121,9 +122,20 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile all that the loop will call, or load it from the cache, before the first packet."""
+        if jit.is_cold():
+            with jit.compiled_beside(self._warm_half):
+                self._warm_burst()
+        self._warm_burst()
+        self._warm_half()
+
+    def _warm_half(self) -> None:
+        """Run what takes about half of the compilation: sending, and the edits of tables."""
+        transmit(self._batch, 0, self.tables.interfaces, self._io)
+        self.tables.warm_up()
+
+    def _warm_burst(self) -> None:
         pipeline.burst(self._batch, pipeline.LOADED, self._arrays, self._io, self._clock(), 0)
         defrag.expire(self._arrays, self._clock())
-        self.tables.warm_up()
 
     # --- the slow path -----------------------------------------------------------------------------------------------
 
