@@ -267,6 +267,12 @@ static inline i64 impossible(const struct packet *p)
     return target >> 24 == 0 || target >> 24 == 127 || target >> 28 == 0xf ? IP_MARTIAN : ACCEPTED;
 }
 
+static inline i64 to_many(const struct packet *p, const struct tables *t)
+{
+    i64 found = fib(t, p->dst_hi, p->dst_lo);
+    return found >= 0 && t->routes[found].kind == KIND_LOCAL ? ACCEPTED : IP_MULTICAST;
+}
+
 static inline i64 from_pod(const u8 *data, const struct packet *p, const struct tables *t)
 {
     if (load48(data + p->start + 6) != t->interfaces[p->iif].peer_mac)
@@ -302,6 +308,8 @@ STAGE void guard(u8 *data, struct packet *packets, i64 count, const struct table
         if (p->verdict != ACCEPT || p->flags & INJECTED)
             continue;
         i64 why = impossible(p);
+        if (why == ACCEPTED && data[p->start] & 1)
+            why = to_many(p, t);
         if (why == ACCEPTED)
             why = t->interfaces[p->iif].role == ROLE_POD ? from_pod(data, p, t) : from_outside(p, t);
         if (why != ACCEPTED) {
@@ -323,8 +331,10 @@ static inline int fits(const u8 *data, struct packet *p, i64 mtu)
     i64 headers = l4 - l3 + (p->gso_type == GSO_UDP_L4 ? 8 : (data[l4 + 12] >> 4) * 4);
     if (headers + p->gso_size <= mtu)
         return 1;
-    if (whole || p->gso_type == GSO_UDP_L4 || headers >= mtu)
+    if (whole || headers >= mtu)
         return 0;
+    if (p->gso_type == GSO_UDP_L4)
+        return 1;
     p->gso_size = mtu - headers;
     return 1;
 }
