@@ -160,7 +160,7 @@ class Wiring:
             if entry:
                 self.journal.made(entry, handle.cookie)
             namespace.require_free(handle, POD_INTERFACE)
-            tap = namespace.in_namespace(handle, partial(Tap, POD_INTERFACE))
+            tap = namespace.in_namespace(handle, partial(Tap, POD_INTERFACE, offload=state.pod_network.offload))
             try:
                 namespace.place(
                     handle,

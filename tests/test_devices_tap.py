@@ -225,3 +225,8 @@ def test_a_virtio_header_that_the_kernel_refuses_costs_one_packet(tap, batch):
     assert batch.packets["reason"][0] == Reason.DEVICE_ERROR
     assert tap._interfaces["error"][1] == errno.EINVAL
     assert send(tap, batch, ETHER / IP(src="10.244.0.8", dst="10.244.0.7") / TCP()) == 1
+
+
+def test_only_the_offloads_that_were_wanted_are_asked_for(pod):
+    assert pod.open(lambda: Tap("dt3", offload={"csum", "tso4"})).offloads == 0x03
+    assert pod.open(lambda: Tap("dt4", offload=())).offloads == 0

@@ -11,6 +11,7 @@ are broken on Linux, and ``hwaddr`` writes into the interned ``b""``.
 import errno
 import fcntl
 import os
+from collections.abc import Collection
 
 from pytun_pmd3 import TunTapDevice
 
@@ -35,6 +36,9 @@ OFFLOADS = (
 )
 """What we ask for, until the kernel agrees."""
 
+NAMED = {"csum": TUN_F_CSUM, "tso4": TUN_F_TSO4, "tso6": TUN_F_TSO6, "uso": TUN_F_USO4 | TUN_F_USO6}
+"""The words of the configuration."""
+
 _CAPABILITY = "CAP_NET_ADMIN"
 
 
@@ -49,7 +53,13 @@ class Tap(KernelDevice):
     driver = Driver.TAP
 
     def __init__(
-        self, name: str = "", *, mac: int | None = None, mtu: int | None = None, persist: bool = False
+        self,
+        name: str = "",
+        *,
+        mac: int | None = None,
+        mtu: int | None = None,
+        persist: bool = False,
+        offload: Collection[str] = frozenset({"csum", "tso4", "tso6", "uso"}),
     ) -> None:
         """Open or create the device and set it up; it is not up yet.
 
@@ -58,6 +68,7 @@ class Tap(KernelDevice):
             mac: Of the pod's end.
             mtu: In bytes of IP packet.
             persist: Whether the interface stays when we close it or die.
+            offload: Which of ``NAMED`` to ask for; segmentation needs ``csum``.
 
         Raises:
             DeviceError: Not permitted, in use by another process, or no TUN driver.
@@ -67,7 +78,7 @@ class Tap(KernelDevice):
         self.name: str = self._device.name
         try:
             os.set_blocking(self.fileno(), False)
-            self.offloads = self._negotiate()
+            self.offloads = self._negotiate(sum(NAMED[word] for word in offload))
             with translated(self.name, "persist", _CAPABILITY):
                 self._device.persist(persist)
             if mac is not None:
@@ -78,9 +89,9 @@ class Tap(KernelDevice):
             self.close()
             raise
 
-    def _negotiate(self) -> int:
+    def _negotiate(self, wanted: int) -> int:
         """Ask for the most offloads, then for fewer; return what was granted."""
-        for offloads in OFFLOADS:
+        for offloads in (each & wanted for each in OFFLOADS):
             try:
                 fcntl.ioctl(self.fileno(), TUNSETOFFLOAD, offloads)
             except OSError as error:
