@@ -48,6 +48,7 @@ OVERHEAD = 50  # outer Ethernet is not counted by an MTU, the inner one is: 20 +
 
 _UDP = 17
 _TCP = 6
+_ECT0 = 2
 _CE = 3
 _GROUP = 1 << 40
 
@@ -64,9 +65,9 @@ def decapsulate(batch: Any, count: int, tables: Any, now: int) -> None:
             continue
         if packet["dport"] != port or packet["dst_lo"] != node:
             continue
-        # A pod's VXLAN is the guard's business, and a fragment has no ports.
+        # A pod's VXLAN is the guard's business, a fragment has no ports, and the node's address is IPv4.
         role = interfaces[packet["iif"]]["role"]
-        if role == Role.POD or role == Role.NODE or packet["flags"] & FRAGMENT:
+        if role == Role.POD or role == Role.NODE or packet["flags"] & (FRAGMENT | IPV6):
             continue
         why = _unwrap(data, packet, tables)
         if why != Reason.ACCEPTED:
@@ -85,6 +86,7 @@ def _unwrap(data: Any, packet: Any, tables: Any) -> int:
         return Reason.TUNNEL_TRUNCATED
     if not _outer_checksum_ok(data, packet):
         return Reason.TUNNEL_CSUM
+    end = l4 + udp.length(data, l4)
     at = l4 + udp.HEADER
     if not wire.valid(data, at, end) or at + wire.HEADER + ethernet.HEADER > end:
         return Reason.TUNNEL_TRUNCATED
@@ -130,17 +132,20 @@ def _outer_checksum_ok(data: Any, packet: Any) -> bool:
 
 @kernel
 def _merge_ecn(data: Any, packet: Any, outer_tos: int) -> int:
-    """Carry congestion marks of the path inward (RFC 6040 4.2)."""
-    if outer_tos & 3 != _CE or packet["ethertype"] == ethernet.ETHERTYPE_ARP:
+    """Carry congestion marks of the path inward (RFC 6040 4.2): CE always, ECT(1) onto ECT(0)."""
+    mark, tos, l3 = outer_tos & 3, int(packet["tos"]), int(packet["l3"])
+    if mark & 1 == 0 or packet["ethertype"] == ethernet.ETHERTYPE_ARP:
         return Reason.ACCEPTED
-    tos, l3 = int(packet["tos"]), int(packet["l3"])
-    if tos & 3 == 0:
+    if mark == _CE and tos & 3 == 0:
         return Reason.TUNNEL_ECN
+    if mark != _CE and tos & 3 != _ECT0:
+        return Reason.ACCEPTED
+    tos = tos & ~3 | mark
     if int(packet["flags"]) & IPV6:
-        ipv6.set_traffic_class(data, l3, tos | _CE)
+        ipv6.set_traffic_class(data, l3, tos)
     else:
-        ipv4.set_tos(data, l3, tos | _CE)
-    packet["tos"] = tos | _CE
+        ipv4.set_tos(data, l3, tos)
+    packet["tos"] = tos
     return Reason.ACCEPTED
 
 
@@ -218,7 +223,7 @@ def _outer(data: Any, packet: Any, settings: Any, remote: int) -> int:
     ipv4.emit(data, at, int(settings[NODE_LO]) & 0xFFFF_FFFF, remote, _UDP, total)
     ecn = int(packet["tos"]) & 3
     if ecn:
-        ipv4.set_tos(data, at, 2 if ecn == _CE else ecn)
+        ipv4.set_tos(data, at, _ECT0 if ecn == _CE else ecn)
     at -= ethernet.HEADER
     ethernet.emit(data, at, 0, 0, ethernet.ETHERTYPE_IPV4)
     return at
@@ -229,9 +234,11 @@ def _flow_hash(packet: Any) -> int:
     """Return 32 bits that are the same for all packets of a flow and well spread otherwise (murmur3's finalizer).
 
     It picks a source port and nothing else, so it needs no secret: an attacker gains only an uneven spread of his own
-    flows.
+    flows. Fragments leave the ports out, since only the first one has them.
     """
     ports = int(packet["sport"]) << 16 | int(packet["dport"])
+    if packet["flags"] & FRAGMENT:
+        ports = 0
     word = packet["src_lo"] ^ packet["src_hi"]
     other = packet["dst_lo"] ^ packet["dst_hi"]
     mixed = (int(word) & 0xFFFF_FFFF) * 0x9E37_79B1 + (int(other) & 0xFFFF_FFFF) * 0x85EB_CA77
