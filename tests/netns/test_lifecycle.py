@@ -125,6 +125,18 @@ def test_the_node_says_what_it_is(node, host):
     assert_balanced(node)
 
 
+def test_metrics_are_served_to_prometheus_in_the_nodes_namespace(node, network, host):
+    node.write(text(network, PODS) + '[metrics]\nlisten = "127.0.0.1:9091"\n')
+    node.start()
+    checks.ping(network.pod("a"), B)
+    scraped = host.run("curl", "-sS", "--fail", "http://127.0.0.1:9091/metrics")
+    assert re.search(r"^# TYPE \w+ counter$", scraped, re.MULTILINE), scraped
+    asked = node.namespace.run("curl", "-sS", "--fail", "--unix-socket", node.socket, "http://localhost/metrics")
+    assert {line.split("{")[0].split(" ")[0] for line in asked.splitlines()} == {
+        line.split("{")[0].split(" ")[0] for line in scraped.splitlines()
+    }
+
+
 # --- crashes ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,16 @@
                     192.0.2.11                       192.0.2.12
 """
 
+import subprocess
+import sys
 from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
 import pytest
 
+from dataplane.devices.journal import process
 from tests.netns import checks
-from tests.netns.harness import Namespace, Network, left_over, sweep
+from tests.netns.harness import ROOT, Namespace, Network, eventually, ip, left_over, sweep
 from tests.netns.peers import KernelNode, Member
 
 pytestmark = pytest.mark.netns
@@ -60,6 +63,29 @@ def test_a_network_leaves_nothing(tmp_path):
         network.namespace("right").run("sh", "-c", "sleep 60 >/dev/null 2>&1 &")
         assert len(left_over(network.prefix)) >= 2
     assert left_over(network.prefix + "left") == left_over(network.prefix + "right") == []
+
+
+KILLED = """
+import time
+from pathlib import Path
+from tests.netns.harness import Network
+network = Network(Path("/nowhere"))
+sleeper = network.namespace("left").spawn("sleep", "600")
+print(network.prefix, sleeper.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_sweep_removes_what_a_killed_run_has_left():
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, cwd=ROOT) as run:
+        assert run.stdout is not None
+        prefix, sleeper = run.stdout.readline().split()
+        eventually(lambda: ip("netns", "pids", f"{prefix}left"))
+        run.kill()
+    assert len(left_over(prefix)) == 1
+    sweep()
+    assert left_over(prefix) == []
+    eventually(lambda: process(int(sleeper)) is None)
 
 
 def test_a_sweep_leaves_the_living_alone(topology):

@@ -48,6 +48,17 @@ def test_an_unused_address_of_the_other_block_is_a_black_hole(pair):
     assert drops(pair.nodes[1]).get("route.blackhole", 0) == before + 1
 
 
+def test_a_node_answers_pings_to_its_own_addresses(pair):
+    for address in ("169.254.1.1", "192.0.2.11", "10.244.1.0", "10.244.2.0"):
+        checks.ping(pair.a, address, count=5)
+
+
+def test_the_hosts_own_traffic_on_the_uplink_is_left_alone(pair):
+    checks.ping(pair.hosts[0], "192.0.2.12")
+    checks.tcp(pair.hosts[0], pair.hosts[1], "192.0.2.12", 10_000_000)
+    checks.udp(pair.hosts[1], pair.hosts[0], "192.0.2.11")
+
+
 def test_each_node_counts_what_the_other_sent(pair):
     def totals() -> list[tuple[int, int]]:
         sent, received = (node.show("vteps")["vteps"][0] for node in pair.nodes)
