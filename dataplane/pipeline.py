@@ -130,19 +130,22 @@ def process(batch: Any, count: int, tables: Any, now: int) -> None:
 def tally(batch: Any, count: int, tables: Any, now: int) -> int:
     """Count rows [0, count) by their reason and take away the ICMP errors that the rate limit forbids."""
     _, packets = batch
-    verdict, reason, flags = packets["verdict"], packets["reason"], packets["flags"]
     counters = tables[COUNTERS]
-    punted = 0
+    punted, injected = 0, 0
     for i in range(count):
-        counters[reason[i]] += 1
-        counters[INJECTED_TOTAL if flags[i] & INJECTED else RECEIVED] += 1
-        if verdict[i] == Verdict.QUEUE:
+        packet = packets[i]
+        counters[packet["reason"]] += 1
+        flags = int(packet["flags"])
+        injected += flags & INJECTED != 0
+        if packet["verdict"] == Verdict.QUEUE:
             punted += 1
-        elif flags[i] & OWES_ERROR:
+        elif flags & OWES_ERROR:
             if _may_answer(counters, now):
                 punted += 1
             else:
-                flags[i] = int(flags[i]) & ~OWES_ERROR & 0xFFFF
+                packet["flags"] = flags & ~OWES_ERROR & 0xFFFF
+    counters[INJECTED_TOTAL] += injected
+    counters[RECEIVED] += count - injected
     return punted
 
 

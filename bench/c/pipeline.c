@@ -508,11 +508,11 @@ static RARE int may_answer(u64 *counters, i64 now)
 
 STAGE i64 tally(u8 *data, struct packet *packets, i64 count, const struct tables *t, i64 now)
 {
-    i64 punted = 0;
+    i64 punted = 0, injected = 0;
     for (i64 i = 0; i < count; i++) {
         struct packet *p = &packets[i];
         t->counters[p->reason]++;
-        t->counters[p->flags & INJECTED ? INJECTED_TOTAL : RECEIVED]++;
+        injected += (p->flags & INJECTED) != 0;
         if (p->verdict == QUEUE)
             punted++;
         else if (p->flags & OWES_ERROR) {
@@ -522,6 +522,8 @@ STAGE i64 tally(u8 *data, struct packet *packets, i64 count, const struct tables
                 p->flags &= ~OWES_ERROR;
         }
     }
+    t->counters[INJECTED_TOTAL] += injected;
+    t->counters[RECEIVED] += count - injected;
     return punted;
 }
 

@@ -33,27 +33,27 @@ _GROUP = 1 << 40
 def arp(batch: Any, count: int, tables: Any, now: int) -> None:
     """Decide about every ARP packet in rows [0, count); other rows are untouched."""
     data, packets = batch
-    verdict, reason, ethertype = packets["verdict"], packets["reason"], packets["ethertype"]
     for i in range(count):
-        if ethertype[i] != ethernet.ETHERTYPE_ARP or verdict[i] != Verdict.ACCEPT:
+        packet = packets[i]
+        if packet["ethertype"] != ethernet.ETHERTYPE_ARP or packet["verdict"] != Verdict.ACCEPT:
             continue
-        why = _decide(data, packets, i, tables)
-        reason[i] = why
+        why = _decide(data, packet, tables)
+        packet["reason"] = why
         if why == Reason.ARP_ANSWERED:
-            _answer(data, packets, i, tables)
-            verdict[i] = Verdict.STOLEN
+            _answer(data, packet, tables)
+            packet["verdict"] = Verdict.STOLEN
         elif why == Reason.ARP_LEARN:
-            verdict[i] = Verdict.QUEUE
+            packet["verdict"] = Verdict.QUEUE
         else:
-            verdict[i] = Verdict.DROP
+            packet["verdict"] = Verdict.DROP
 
 
 @kernel
-def _decide(data: Any, packets: Any, i: int, tables: Any) -> int:
+def _decide(data: Any, packet: Any, tables: Any) -> int:
     interfaces = tables[INTERFACE_TABLE]
-    at, iif = int(packets["l3"][i]), int(packets["iif"][i])
-    start = int(packets["start"][i])
-    if not wire.valid(data, at, start + int(packets["length"][i])):
+    at, iif = int(packet["l3"]), int(packet["iif"])
+    start = int(packet["start"])
+    if not wire.valid(data, at, start + int(packet["length"])):
         return Reason.ARP_MALFORMED
     sender, target = wire.sender_ip(data, at), wire.target_ip(data, at)
     if target >> 28 == 0xE or target >> 24 == 127 or wire.sender_mac(data, at) & _GROUP:
@@ -62,19 +62,19 @@ def _decide(data: Any, packets: Any, i: int, tables: Any) -> int:
     if sender >> 28 >= 0xE or sender >> 24 == 127:
         return Reason.ARP_MALFORMED
     # Nothing is learned from a tunnel: VTEPs are configured (Calico's ``nolearning``).
-    if int(packets["flags"][i]) & TUNNELED:
+    if int(packet["flags"]) & TUNNELED:
         return Reason.ARP_NOT_OWNER
-    if interfaces["role"][iif] == Role.POD:
-        return _from_pod(data, packets, i, tables)
+    if interfaces[iif]["role"] == Role.POD:
+        return _from_pod(data, packet, tables)
     return _from_lan(data, at, iif, tables)
 
 
 @kernel
-def _from_pod(data: Any, packets: Any, i: int, tables: Any) -> int:
+def _from_pod(data: Any, packet: Any, tables: Any) -> int:
     """Return what becomes of an ARP packet from a pod: its addresses are known, everything else is a lie."""
-    at, iif = int(packets["l3"][i]), int(packets["iif"][i])
-    own = int(tables[INTERFACE_TABLE]["peer_mac"][iif])
-    if wire.sender_mac(data, at) != own or ethernet.source(data, packets["start"][i]) != own:
+    at, iif = int(packet["l3"]), int(packet["iif"])
+    own = int(tables[INTERFACE_TABLE][iif]["peer_mac"])
+    if wire.sender_mac(data, at) != own or ethernet.source(data, packet["start"]) != own:
         return Reason.L2_SPOOFED_SRC
     routes = tables[ROUTES]
     table = routes[-1]
@@ -118,14 +118,14 @@ def _from_lan(data: Any, at: int, iif: int, tables: Any) -> int:
 
 
 @kernel
-def _answer(data: Any, packets: Any, i: int, tables: Any) -> None:
-    """Turn the request of row ``i`` into its reply, in place, to leave by where it came from."""
-    start, at, iif = int(packets["start"][i]), int(packets["l3"][i]), int(packets["iif"][i])
-    ours = int(tables[INTERFACE_TABLE]["mac"][iif])
+def _answer(data: Any, packet: Any, tables: Any) -> None:
+    """Turn a request into its reply, in place, to leave by where it came from."""
+    start, at, iif = int(packet["start"]), int(packet["l3"]), int(packet["iif"])
+    ours = int(tables[INTERFACE_TABLE][iif]["mac"])
     asker, asker_ip, wanted = wire.sender_mac(data, at), wire.sender_ip(data, at), wire.target_ip(data, at)
     ethernet.emit(data, start, asker, ours, ethernet.ETHERTYPE_ARP)
     wire.emit(data, at, _REPLY, ours, wanted, asker, asker_ip)
-    packets["length"][i] = ethernet.HEADER + wire.HEADER
-    packets["oif"][i] = iif
-    packets["vnet_flags"][i] = 0
-    packets["gso_type"][i] = 0
+    packet["length"] = ethernet.HEADER + wire.HEADER
+    packet["oif"] = iif
+    packet["vnet_flags"] = 0
+    packet["gso_type"] = 0

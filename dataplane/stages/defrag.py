@@ -76,16 +76,16 @@ def make_assembly() -> tuple[Array, Array]:
 def defrag(batch: Any, count: int, tables: Any, now: int) -> None:
     """Hold the IPv4 fragments of rows [0, count); the row that completes a datagram becomes that datagram."""
     data, packets = batch
-    verdict, reason, flags = packets["verdict"], packets["reason"], packets["flags"]
     for i in range(count):
-        if verdict[i] != Verdict.ACCEPT or flags[i] & (FRAGMENT | IPV6) != FRAGMENT:
+        packet = packets[i]
+        if packet["verdict"] != Verdict.ACCEPT or packet["flags"] & (FRAGMENT | IPV6) != FRAGMENT:
             continue
-        why = _collect(data, packets, i, tables, now)
-        reason[i] = why
+        why = _collect(data, packet, tables, now)
+        packet["reason"] = why
         if why == Reason.FRAGMENT_HELD:
-            verdict[i] = Verdict.STOLEN
+            packet["verdict"] = Verdict.STOLEN
         elif why != Reason.ACCEPTED:
-            verdict[i] = Verdict.DROP
+            packet["verdict"] = Verdict.DROP
 
 
 @kernel
@@ -119,16 +119,16 @@ def _give_up(tables: Any, slot: int, why: int) -> None:
 
 
 @kernel
-def _collect(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
-    l3, l4 = int(packets["l3"][i]), int(packets["l4"][i])
+def _collect(data: Any, packet: Any, tables: Any, now: int) -> int:
+    l3, l4 = int(packet["l3"]), int(packet["l4"])
     length = load16(data, l3 + 2) - (l4 - l3)
-    word = int(packets["fragment"][i])
+    word = int(packet["fragment"])
     offset = (word & 0x1FFF) * 8
     more = word & _MORE
     # Only the last fragment may have a length that is not a multiple of 8, and none may be empty (RFC 791).
     if length <= 0 or (more and length & 7) or offset + length > 65535 - (l4 - l3):
         return Reason.IP_BAD_HDR
-    slot = _find(data, packets, i, tables, now)
+    slot = _find(data, packet, tables, now)
     if slot < 0:
         return Reason.IP_FRAG_LIMIT
     contexts, units = tables[ASSEMBLY]
@@ -144,22 +144,22 @@ def _collect(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
         return Reason.IP_FRAG_OVERLAP
     base = ASSEMBLY_BASE + slot * SUPER_STRIDE
     copy(data, base + _PAYLOAD + offset, data, l4, length)
-    _note(data, packets, i, contexts, slot)
+    _note(data, packet, contexts, slot)
     contexts["received"][slot] += length
     if not more:
         contexts["total"][slot] = offset + length
     if contexts["has_first"][slot] and contexts["received"][slot] == contexts["total"][slot]:
-        return _complete(data, packets, i, tables, slot)
+        return _complete(data, packet, tables, slot)
     return Reason.FRAGMENT_HELD
 
 
 @kernel
-def _find(data: Any, packets: Any, i: int, tables: Any, now: int) -> int:
-    """Return the slot that collects row ``i``'s datagram, a new one if there is none, or -1 at the limits."""
+def _find(data: Any, packet: Any, tables: Any, now: int) -> int:
+    """Return the slot that collects the packet's datagram, a new one if there is none, or -1 at the limits."""
     contexts, units = tables[ASSEMBLY]
-    l3 = int(packets["l3"][i])
+    l3 = int(packet["l3"])
     src, dst, name = load32(data, l3 + 12), load32(data, l3 + 16), load16(data, l3 + 4)
-    protocol = int(packets["protocol"][i])
+    protocol = int(packet["protocol"])
     free, held = -1, 0
     for slot in range(ASSEMBLIES):
         if contexts["phase"][slot] != Phase.COLLECTING:
@@ -221,10 +221,10 @@ def _beyond(units: Any, slot: int, end: int) -> bool:
 
 
 @kernel
-def _note(data: Any, packets: Any, i: int, contexts: Any, slot: int) -> None:
+def _note(data: Any, packet: Any, contexts: Any, slot: int) -> None:
     """Remember what the whole datagram's header will need from this fragment."""
-    l3, l4 = int(packets["l3"][i]), int(packets["l4"][i])
-    word, size = int(packets["fragment"][i]), load16(data, l3 + 2)
+    l3, l4 = int(packet["l3"]), int(packet["l4"])
+    word, size = int(packet["fragment"]), load16(data, l3 + 2)
     contexts["pieces"][slot] += 1
     contexts["ecn"][slot] = int(contexts["ecn"][slot]) | 1 << (load8(data, l3 + 1) & 3)
     if size > contexts["largest"][slot]:
@@ -239,7 +239,7 @@ def _note(data: Any, packets: Any, i: int, contexts: Any, slot: int) -> None:
 
 
 @kernel
-def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
+def _complete(data: Any, packet: Any, tables: Any, slot: int) -> int:
     """Point row ``i`` at the whole datagram in its slot."""
     contexts = tables[ASSEMBLY][0]
     contexts["pieces"][slot] -= 1  # this last one goes on as the datagram
@@ -262,16 +262,16 @@ def _complete(data: Any, packets: Any, i: int, tables: Any, slot: int) -> int:
     store16(data, l3 + 10, 0)
     store16(data, l3 + 10, checksum.checksum(data, l3, header, 0))
     start = l3 - ethernet.HEADER
-    copy(data, start, data, packets["start"][i], ethernet.HEADER)
+    copy(data, start, data, packet["start"], ethernet.HEADER)
     contexts["phase"][slot] = Phase.EMITTED
-    packets["start"][i], packets["length"][i] = start, ethernet.HEADER + header + total
-    packets["l3"][i], packets["l4"][i] = l3, l4
-    packets["slot"][i], packets["size"][i] = base, SUPER_STRIDE
-    packets["tos"][i], packets["ttl"][i], packets["fragment"][i] = tos, load8(data, l3 + 8), 0
-    packets["max_fragment"][i] = int(contexts["largest"][slot]) & 0xFFFF
-    flags = int(packets["flags"][i]) & ~(FRAGMENT | DONT_FRAGMENT) | REASSEMBLED | (DONT_FRAGMENT if whole else 0)
-    packets["flags"][i] = flags & 0xFFFF
-    packets["vnet_flags"][i] = 0
-    packets["gso_type"][i] = 0
-    parse_transport(data, packets[i], l4 + total)
+    packet["start"], packet["length"] = start, ethernet.HEADER + header + total
+    packet["l3"], packet["l4"] = l3, l4
+    packet["slot"], packet["size"] = base, SUPER_STRIDE
+    packet["tos"], packet["ttl"], packet["fragment"] = tos, load8(data, l3 + 8), 0
+    packet["max_fragment"] = int(contexts["largest"][slot]) & 0xFFFF
+    flags = int(packet["flags"]) & ~(FRAGMENT | DONT_FRAGMENT) | REASSEMBLED | (DONT_FRAGMENT if whole else 0)
+    packet["flags"] = flags & 0xFFFF
+    packet["vnet_flags"] = 0
+    packet["gso_type"] = 0
+    parse_transport(data, packet, l4 + total)
     return Reason.ACCEPTED
