@@ -236,7 +236,7 @@ def _flow_hash(packet: Any) -> int:
     It picks a source port and nothing else, so it needs no secret: an attacker gains only an uneven spread of his own
     flows. Fragments leave the ports out, since only the first one has them.
     """
-    ports = int(packet["sport"]) << 16 | int(packet["dport"])
+    ports = (int(packet["sport"]) << 16 | int(packet["dport"])) & 0xFFFF_FFFF  # signed, as the 0 below: else a float
     if packet["flags"] & FRAGMENT:
         ports = 0
     word = packet["src_lo"] ^ packet["src_hi"]
