@@ -39,7 +39,7 @@ from dataplane.tables.route import Kind, Route, RouteTable
 from dataplane.tables.vtep import VtepTable
 from dataplane.verdict import Reason, Verdict
 
-ERRORS_PER_SECOND = 1000  # net.ipv4.icmp_msgs_per_sec
+ERROR_INTERVAL_NS = 1_000_000  # net.ipv4.icmp_msgs_per_sec = 1000
 ERROR_BURST = 50  # net.ipv4.icmp_msgs_burst
 
 
@@ -140,7 +140,8 @@ def tally(batch: Any, count: int, tables: Any, now: int) -> int:
         if packet["verdict"] == Verdict.QUEUE:
             punted += 1
         elif flags & OWES_ERROR:
-            if _may_answer(counters, now):
+            # Path MTU discovery depends on 3/4: as in Linux it has no limit here, only the slow path's per burst.
+            if packet["reason"] == Reason.MTU_DF or _may_answer(counters, now):
                 punted += 1
             else:
                 packet["flags"] = flags & ~OWES_ERROR & 0xFFFF
@@ -153,10 +154,11 @@ def tally(batch: Any, count: int, tables: Any, now: int) -> int:
 def _may_answer(counters: Any, now: int) -> bool:
     """Take one ICMP error from the node's budget: a flood of bad packets must not become a flood of Python."""
     tokens, elapsed = int(counters[ERROR_TOKENS]), now - int(counters[ERROR_REFILLED])
-    fresh = elapsed * ERRORS_PER_SECOND // 1_000_000_000
+    # Divide only: nanoseconds since boot, multiplied, leave 64 bits after 106 days.
+    fresh = elapsed // ERROR_INTERVAL_NS
     if fresh > 0:
         tokens = min(tokens + fresh, ERROR_BURST)
-        counters[ERROR_REFILLED] = now
+        counters[ERROR_REFILLED] = now - elapsed % ERROR_INTERVAL_NS
     if tokens <= 0:
         counters[ERRORS_LIMITED] += 1
         counters[ERROR_TOKENS] = 0

@@ -42,7 +42,9 @@ ERROR_BURST = 6  # XRLIM_BURST_FACTOR: errors to one destination at once, then o
 _DESTINATIONS = 4096  # remembered for that limit
 BUDGET = 128  # rows per burst: at some 20 us each the fast path waits 3 ms at most
 ICMP_ERRORS = (3, 4, 5, 11, 12)  # types: unreachable, source quench, redirect, time exceeded, parameter problem
-_TOS = 0xC0  # RFC 1812 4.3.2.5: errors carry the precedence "internetwork control"
+ICMP_LAST = 18  # Linux's NR_ICMP_TYPES
+_CONTROL = 0xC0  # RFC 1812 4.3.2.5: the precedence "internetwork control", and the packet's own type of service
+_TOS = 0x1C  # of the octet, without precedence and ECN
 
 ERRORS: dict[Reason, tuple[int, int]] = {
     Reason.IP_TTL: (icmp.ICMP_TIMEXCEED, icmp.ICMP_TIMEXCEED_INTRANS),
@@ -133,13 +135,13 @@ class SlowPath:
             next_hop = to_address(int(packet["next_hi"]), int(packet["next_lo"]))
             yield from self.resolver.hold(_snapshot(batch, row), next_hop, now)
         elif reason == Reason.LOCAL_DELIVERY:
-            yield from self._deliver(batch, row, now)
+            yield from self._deliver(batch, row)
         else:
-            yield from self._error(_ip_bytes(batch, row), reason, int(packet["mtu"]), now)
+            yield from self._error(_ip_bytes(batch, row), reason, int(packet["mtu"]))
 
     # --- the node's own addresses ------------------------------------------------------------------------------------
 
-    def _deliver(self, batch: Batch, row: int, now: int) -> Iterator[Outgoing]:
+    def _deliver(self, batch: Batch, row: int) -> Iterator[Outgoing]:
         """Answer an echo request; anything else finds nobody at home."""
         packet = _ip_bytes(batch, row)
         reply = echo_reply(packet) if packet[0] >> 4 == 4 else None
@@ -148,23 +150,25 @@ class SlowPath:
             yield Outgoing(reply)
             return
         self.drop(Reason.LOCAL_NO_LISTENER)
-        if packet[9] != dpkt.ip.IP_PROTO_ICMP:
-            yield from self._error(packet, Reason.LOCAL_NO_LISTENER, 0, now)
+        to_many = batch.data[int(batch.packets["start"][row])] & 1
+        if packet[9] != dpkt.ip.IP_PROTO_ICMP and not to_many:
+            yield from self._error(packet, Reason.LOCAL_NO_LISTENER)
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
-    def _error(self, packet: bytes, reason: Reason, mtu: int, now: int) -> Iterator[Outgoing]:
+    def _error(self, packet: bytes, reason: Reason, mtu: int = 0) -> Iterator[Outgoing]:
         """Yield the ICMP error that the sender of ``packet`` (from its IP header on) is owed, if it may be sent."""
         if not may_answer(packet):
             return
         kind, code = ERRORS[reason]
-        # Path MTU discovery depends on 3/4, so Linux never limits it per destination.
-        if reason != Reason.MTU_DF and not self._limit.allows(packet[12:16], now):
+        # Path MTU discovery depends on 3/4, so Linux never limits it.
+        if reason != Reason.MTU_DF and not self._limit.allows(packet[12:16], self._now):
             self.answered["errors limited"] += 1
             return
         self.answered["errors sent"] += 1
-        mtu = mtu if reason == Reason.MTU_DF else 0
-        yield Outgoing(icmp_error(packet, self._source(packet[12:16]), kind, code, mtu))
+        # What was sent to one of our addresses is answered from there.
+        source = packet[16:20] if reason == Reason.LOCAL_NO_LISTENER else self._source(packet[12:16])
+        yield Outgoing(icmp_error(packet, source, kind, code, mtu if reason == Reason.MTU_DF else 0))
 
     def _source(self, destination: bytes) -> bytes:
         """Return the address that errors come from: the tunnel's when they go back through it, else the node's."""
@@ -184,7 +188,7 @@ class SlowPath:
     def _drop_held(self, packet: Outgoing, reason: Reason) -> None:
         self.drop(reason)
         if reason in ERRORS:
-            self._late.extend(self._error(packet.frame[14:], reason, 0, self._now))
+            self._late.extend(self._error(packet.frame[14:], reason))
 
     def _take_late(self) -> list[Outgoing]:
         late, self._late = self._late, []
@@ -197,7 +201,8 @@ class SlowPath:
 def may_answer(packet: bytes) -> bool:
     """Say whether an ICMP error about this IPv4 packet is allowed (RFC 1122 3.2.2).
 
-    Never about an error, a later fragment, a group or broadcast destination, or a source that is no single host.
+    Never about an error, a later fragment, a group or broadcast destination, or a source that is no single host. An
+    ICMP type that is not known might be an error's.
     """
     if packet[0] >> 4 != 4 or int.from_bytes(packet[6:8]) & dpkt.ip.IP_OFFMASK:
         return False
@@ -205,7 +210,9 @@ def may_answer(packet: bytes) -> bool:
     if source in (0, 127) or source >= 0xE0 or target >> 4 == 0xE or packet[16:20] == b"\xff" * 4:
         return False
     message = packet[(packet[0] & 15) * 4 :]
-    return packet[9] != dpkt.ip.IP_PROTO_ICMP or (len(message) > 0 and message[0] not in ICMP_ERRORS)
+    if packet[9] != dpkt.ip.IP_PROTO_ICMP:
+        return True
+    return len(message) > 0 and message[0] <= ICMP_LAST and message[0] not in ICMP_ERRORS
 
 
 def icmp_error(packet: bytes, source: bytes, kind: int, code: int, mtu: int) -> bytes:
@@ -219,13 +226,15 @@ def icmp_error(packet: bytes, source: bytes, kind: int, code: int, mtu: int) -> 
         mtu: What fits, for 3/4; else 0.
     """
     message = _with_checksum(struct.pack("!BBHHH", kind, code, 0, 0, mtu) + packet[:QUOTE])
-    return _frame(dpkt.ip.IP(src=source, dst=packet[12:16], p=dpkt.ip.IP_PROTO_ICMP, tos=_TOS, data=message))
+    tos = _CONTROL | packet[1] & _TOS
+    return _frame(dpkt.ip.IP(src=source, dst=packet[12:16], p=dpkt.ip.IP_PROTO_ICMP, tos=tos, data=message))
 
 
 def echo_reply(packet: bytes) -> bytes | None:
     """Return the frame that answers an echo request, or None if it is none (RFC 1122 3.2.2.6).
 
-    IP options are not reflected, and an echo with a wrong checksum is not answered.
+    IP options are not reflected, and an echo with a wrong checksum is not answered. The reply takes the request's
+    identification: unique for that pair of hosts, so fragments of several replies do not mix (RFC 6864).
     """
     message = packet[(packet[0] & 15) * 4 :]
     if packet[9] != dpkt.ip.IP_PROTO_ICMP or len(message) < 8 or message[0] != dpkt.icmp.ICMP_ECHO:
@@ -233,7 +242,9 @@ def echo_reply(packet: bytes) -> bytes | None:
     if dpkt.in_cksum(message):
         return None
     message = _with_checksum(bytes(4) + message[4:])
-    return _frame(dpkt.ip.IP(src=packet[16:20], dst=packet[12:16], p=packet[9], tos=packet[1], data=message))
+    name = int.from_bytes(packet[4:6])
+    ip = dpkt.ip.IP(src=packet[16:20], dst=packet[12:16], p=packet[9], tos=packet[1], id=name, data=message)
+    return _frame(ip)
 
 
 def _with_checksum(message: bytes) -> bytes:
@@ -257,4 +268,5 @@ def _snapshot(batch: Batch, row: int) -> Outgoing:
     """Copy a row out of the batch with its virtio header, to be sent later by the interface it was routed to."""
     packet = batch.packets[row]
     fields = ("vnet_flags", "gso_type", "hdr_len", "gso_size", "csum_start", "csum_offset")
-    return Outgoing(unload(batch, row), int(packet["oif"]), Vnet(*(int(packet[name]) for name in fields)))
+    vnet = Vnet(*(int(packet[name]) for name in fields))
+    return Outgoing(unload(batch, row), int(packet["oif"]), vnet, int(packet["max_fragment"]))
