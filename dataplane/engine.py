@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dataplane import jit, pipeline
-from dataplane.batch import INJECTED, ROWS, make_batch
+from dataplane.batch import INJECTED, REASSEMBLED, ROWS, make_batch
 from dataplane.devices.io import IoBuffers
 from dataplane.devices.memory import load
 from dataplane.devices.transmit import transmit
@@ -37,7 +37,9 @@ class _Attached:
 
     name: str
     fd: int
-    failing: bool = False
+    errors: int  # of receive, as far as they were seen
+    failing: bool = False  # and that was logged
+    paused: bool = False
 
 
 class Engine:
@@ -79,7 +81,7 @@ class Engine:
 
     def attach(self, index: int, fd: int, name: str) -> None:
         """Read interface ``index`` whenever its fd is readable."""
-        self._attached[index] = _Attached(name, fd)
+        self._attached[index] = _Attached(name, fd, int(self.tables.interfaces["rx_errors"][index]))
         asyncio.get_running_loop().add_reader(fd, self._readable, index)
 
     def detach(self, index: int) -> None:
@@ -93,16 +95,22 @@ class Engine:
         result = pipeline.burst(self._batch, index, self._arrays, self._io, now, self._limit)
         if result & 0xFFFF:
             self._punt(result >> 16, now)
-        if result == 0 and self.tables.interfaces["error"][index]:
-            self._pause(index)
+        if result == 0:
+            self._nothing_came(index)
 
-    def _pause(self, index: int) -> None:
+    def _nothing_came(self, index: int) -> None:
+        """Find out whether reading failed; a packet that the device refused earlier is no reason to stop reading it."""
+        device, errors = self._attached[index], int(self.tables.interfaces["rx_errors"][index])
+        if errors != device.errors:
+            device.errors = errors
+            self._pause(index, device)
+
+    def _pause(self, index: int, device: _Attached) -> None:
         """Take a failing device off the loop for a while: its fd would be readable for ever."""
-        device = self._attached[index]
-        error = int(self.tables.interfaces["error"][index])
         if not device.failing:
+            error = int(self.tables.interfaces["error"][index])
             log.warning("device failed name=%s error=%s", device.name, os.strerror(error))
-            device.failing = True
+        device.failing = device.paused = True
         loop = asyncio.get_running_loop()
         loop.remove_reader(device.fd)
         loop.call_later(RETRY_SECONDS, self._resume, index, device)
@@ -111,12 +119,13 @@ class Engine:
     def _resume(self, index: int, device: _Attached) -> None:
         if self._attached.get(index) is not device:
             return
+        device.paused = False
         self.tables.interfaces["error"][index] = 0
         asyncio.get_running_loop().add_reader(device.fd, self._readable, index)
         asyncio.get_running_loop().call_later(RETRY_SECONDS, self._recovered, index, device)
 
     def _recovered(self, index: int, device: _Attached) -> None:
-        if self._attached.get(index) is device and device.failing and not self.tables.interfaces["error"][index]:
+        if self._attached.get(index) is device and device.failing and not device.paused:
             log.info("device is back name=%s", device.name)
             device.failing = False
 
@@ -160,7 +169,9 @@ class Engine:
         packets = self.batch.packets
         while frames:
             count = load(self.batch, [item.frame for item in frames], 0, [item.vnet for item in frames])
-            packets["flags"][:count] |= INJECTED
+            largest = [item.max_fragment for item in frames[:count]]
+            packets["flags"][:count] = [INJECTED | (REASSEMBLED if size else 0) for size in largest]
+            packets["max_fragment"][:count] = largest
             index = pipeline.LOADED
             if frames[0].oif:
                 packets["oif"][:count] = [item.oif for item in frames[:count]]
