@@ -71,7 +71,8 @@ def _widen_calls(compiled: Any) -> None:
 
 
 def _widen(kind: Any) -> Any:
-    kind = types.unliteral(kind)
+    if isinstance(kind, types.Literal):
+        kind = kind.literal_type
     return types.int64 if isinstance(kind, types.Integer) and kind != types.uint64 else kind
 
 

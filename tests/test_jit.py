@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core import config as numba_config
 
 from dataplane import jit
 from dataplane.jit import (
@@ -155,7 +156,7 @@ def test_the_cache_is_named_by_what_kernels_are_made_of(tmp_path):
 
 
 def test_old_caches_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(jit.numba_config, "CACHE_DIR", jit.numba_config.CACHE_DIR, raising=False)
+    monkeypatch.setattr(numba_config, "CACHE_DIR", numba_config.CACHE_DIR, raising=False)
     for number in range(5):
         (tmp_path / f"old{number}").mkdir()
         os.utime(tmp_path / f"old{number}", (number, number))
