@@ -1,0 +1,93 @@
+"""Source and destination hashing as ip_vs's ``sh`` and ``dh``: 256 buckets, dealt to the backends in the list's order.
+
+Each service that hashes has buckets of its own, a run of words in one array that all services share: 256 of them, or
+4096 for ``maglev``.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from dataplane.jit import Array, kernel
+from dataplane.tables.backend import NONE, is_usable
+from dataplane.tables.result import TableFullError
+
+BUCKETS = 256
+_GOLDEN = 0x61C8_8647  # hash_32's multiplier
+
+
+@kernel
+def _bucket(word: int) -> int:
+    """Return one of ``BUCKETS`` for 32 bits: the upper bits of a product."""
+    return ((word * _GOLDEN) & 0xFFFF_FFFF) >> 24
+
+
+@kernel
+def pick(backends: Any, buckets: Any, base: int, word: int, fallback: bool) -> int:
+    """Return the backend in the bucket of ``word``, the folded address and the port; sh and dh."""
+    home = _bucket(word)
+    row = int(buckets[base + home])
+    if row < 0 or is_usable(backends[row]):
+        return row
+    if not fallback:
+        return NONE
+    for offset in range(BUCKETS):
+        # ip_vs adds the bucket to the bucket's hash: the home counts twice.
+        at = (((offset + home) & 0xFF) + home) & 0xFF
+        row = int(buckets[base + at])
+        if row < 0 or is_usable(backends[row]):
+            return row
+    return NONE
+
+
+@kernel
+def build(service: Any, backends: Any, buckets: Any, by_weight: bool) -> None:
+    """Fill the ``BUCKETS`` buckets of a service from its list; a weight of zero takes one all the same."""
+    base, row, taken = int(service["buckets"]), int(service["head"]), 0
+    for at in range(base, base + BUCKETS):
+        buckets[at] = row
+        if row < 0:
+            continue
+        taken += 1
+        if not by_weight or taken >= int(backends[row]["weight"]):
+            taken = 0
+            row = int(backends[row]["next"])
+            if row < 0:
+                row = int(service["head"])
+
+
+class BucketPool:
+    """Runs of words in one growing array; a run that was given back is used again for one of its size.
+
+    Attributes:
+        words: ``(n,)`` int32; a larger array after it has grown.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.words: Array = np.full(4096, NONE, np.int32)
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+
+    def take(self, size: int) -> int:
+        """Return the start of a run of ``size`` words.
+
+        Raises:
+            TableFullError: It would be beyond ``limit`` words.
+        """
+        free = self._free.get(size)
+        if free:
+            return free.pop()
+        start, end = self._end, self._end + size
+        if end > self.limit:
+            raise TableFullError("buckets", start, self.limit)
+        if end > len(self.words):
+            larger = np.full(min(max(2 * len(self.words), end), self.limit), NONE, np.int32)
+            larger[:start] = self.words[:start]
+            self.words = larger
+        self._end = end
+        return start
+
+    def give_back(self, start: int, size: int) -> None:
+        """Take back a run."""
+        self._free.setdefault(size, []).append(start)
