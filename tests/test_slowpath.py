@@ -1,5 +1,7 @@
 """slowpath: what the node itself says, byte by byte against scapy, and when it must say nothing."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,7 +70,7 @@ def error(about, kind, code, source=w.NODE, **icmp):
     return bytes(ip / ICMP(type=kind, code=code, **icmp) / Raw(about[:QUOTE]))
 
 
-BIG = {"size": 1600, "flags": "DF"}
+BIG: dict[str, Any] = {"size": 1600, "flags": "DF"}
 ERRORS = [
     ("no hops left", udp(w.IP_B, ttl=1), (11, 0), {}),
     ("no hops left in TCP", tcp(w.IP_B, ttl=1), (11, 0), {}),

@@ -255,7 +255,7 @@ GSO = [
 )
 @pytest.mark.parametrize("target", [w.IP_B, w.IP_REMOTE], ids=["pod", "tunnel"])
 def test_a_super_frame_of(world, make, kind, size, df, reason, cut, target):
-    ip = make(target, size=9000, flags="A" if make is tcp else 0) if make is tcp else make(target, size=9000)
+    ip = make(target, size=9000)
     ip.flags = df
     outcome = routed(world, ip, vnet=Vnet(b.NEEDS_CSUM, kind, 54, size, 34, 16 if make is tcp else 6))
     assert outcome.reason == reason

@@ -187,7 +187,7 @@ def test_what_came_is_counted_for_its_node(world):
 
 # --- ECN (RFC 6040) --------------------------------------------------------------------------------------------------
 
-DECAPSULATED = {  # RFC 6040, figure 4: inner: outer Not-ECT, ECT(0), ECT(1), CE
+DECAPSULATED: dict[int, dict[int, int | None]] = {  # RFC 6040, figure 4: inner: outer Not-ECT, ECT(0), ECT(1), CE
     NOT_ECT: {NOT_ECT: NOT_ECT, ECT0: NOT_ECT, ECT1: NOT_ECT, CE: None},
     ECT0: {NOT_ECT: ECT0, ECT0: ECT0, ECT1: ECT1, CE: CE},
     ECT1: {NOT_ECT: ECT1, ECT0: ECT1, ECT1: ECT1, CE: CE},
