@@ -145,15 +145,15 @@ def tally(batch: Any, count: int, tables: Any, now: int) -> int:
                 punted += 1
             else:
                 packet["flags"] = flags & ~OWES_ERROR & 0xFFFF
-    counters[INJECTED_TOTAL] += injected
-    counters[RECEIVED] += count - injected
+    counters[INJECTED_TOTAL] += np.uint64(injected)
+    counters[RECEIVED] += np.uint64(count - injected)
     return punted
 
 
 @kernel
 def _may_answer(counters: Any, now: int) -> bool:
     """Take one ICMP error from the node's budget: a flood of bad packets must not become a flood of Python."""
-    tokens, elapsed = int(counters[ERROR_TOKENS]), now - int(counters[ERROR_REFILLED])
+    tokens, elapsed = np.int64(counters[ERROR_TOKENS]), now - np.int64(counters[ERROR_REFILLED])
     # Divide only: nanoseconds since boot, multiplied, leave 64 bits after 106 days.
     fresh = elapsed // ERROR_INTERVAL_NS
     if fresh > 0:

@@ -169,9 +169,9 @@ static inline void pass_checksum_state(const u8 *data, struct packet *p, i64 pod
 
 static inline i64 merge_ecn(u8 *data, struct packet *p, int outer_tos)
 {
-    if ((outer_tos & 3) != 3 || p->ethertype == 0x0806)
+    if (!(outer_tos & 1) || p->ethertype == 0x0806)
         return ACCEPTED;
-    return (p->tos & 3) == 0 ? TUNNEL_ECN : elsewhere(data, p);
+    return (outer_tos & 3) == 3 && (p->tos & 3) == 0 ? TUNNEL_ECN : elsewhere(data, p);
 }
 
 static inline i64 unwrap(u8 *data, struct packet *p, const struct tables *t)
@@ -184,6 +184,7 @@ static inline i64 unwrap(u8 *data, struct packet *p, const struct tables *t)
         return TUNNEL_TRUNCATED;
     if (!outer_checksum_ok(data, p))
         return TUNNEL_CSUM;
+    end = l4 + load16(data + l4 + 4);
     i64 at = l4 + 8;
     if (at + 8 + 14 > end)
         return TUNNEL_TRUNCATED;
@@ -222,7 +223,7 @@ STAGE void decapsulate(u8 *data, struct packet *packets, i64 count, const struct
         if (p->verdict != ACCEPT || p->protocol != 17 || p->dport != port || p->dst_lo != node)
             continue;
         int role = t->interfaces[p->iif].role;
-        if (role == ROLE_POD || role == ROLE_NODE || p->flags & FRAGMENT)
+        if (role == ROLE_POD || role == ROLE_NODE || p->flags & (FRAGMENT | IPV6))
             continue;
         i64 why = unwrap(data, p, t);
         if (why != ACCEPTED) {
@@ -244,27 +245,34 @@ STAGE void arp(u8 *data, struct packet *packets, i64 count, const struct tables 
 STAGE void defrag(u8 *data, struct packet *packets, i64 count, const struct tables *t, i64 now)
 {
     for (i64 i = 0; i < count; i++)
-        if (packets[i].verdict == ACCEPT && (packets[i].flags & (FRAGMENT | IPV6)) == FRAGMENT)
+        if ((packets[i].flags & (FRAGMENT | IPV6)) == FRAGMENT && packets[i].verdict == ACCEPT)
             packets[i].reason = elsewhere(data, &packets[i]);
 }
 
 /* --- guard --- */
+
+static inline int not_on_a_wire(u64 lo)
+{
+    return lo <= 1 || lo >> 32 == 0xffff;
+}
 
 static inline i64 impossible(const struct packet *p)
 {
     if (p->flags & IPV6) {
         if (p->dst_hi >> 56 == 0xff)
             return IP_MULTICAST;
-        if (p->src_hi >> 56 == 0xff || (p->src_hi == 0 && p->src_lo <= 1) || (p->dst_hi == 0 && p->dst_lo <= 1))
+        if (p->src_hi >> 56 == 0xff || (p->src_hi == 0 && not_on_a_wire(p->src_lo)))
+            return IP_MARTIAN;
+        if (p->dst_hi == 0 && not_on_a_wire(p->dst_lo))
             return IP_MARTIAN;
         return ACCEPTED;
     }
-    u32 source = p->src_lo, target = p->dst_lo;
-    if (target >> 28 == 0xe || target == 0xffffffff)
-        return IP_MULTICAST;
-    if (source >> 24 == 0 || source >> 24 == 127 || source >> 28 >= 0xe)
+    u8 source = p->src_lo >> 24, target = p->dst_lo >> 24;
+    if (target >= 224)
+        return target < 240 || (u32)p->dst_lo == 0xffffffff ? IP_MULTICAST : IP_MARTIAN;
+    if (source >= 224 || source == 0 || source == 127 || target == 0 || target == 127)
         return IP_MARTIAN;
-    return target >> 24 == 0 || target >> 24 == 127 || target >> 28 == 0xf ? IP_MARTIAN : ACCEPTED;
+    return ACCEPTED;
 }
 
 static inline i64 to_many(const struct packet *p, const struct tables *t)

@@ -15,6 +15,8 @@ ip.spoofed-src.
 
 from typing import Any
 
+import numpy as np
+
 from dataplane.batch import GATEWAY_LO, INTERFACE_TABLE, NEIGHBOURS, PROXY_ARP, ROUTES, SETTINGS, TUNNELED, V4_PREFIX
 from dataplane.codecs import arp as wire
 from dataplane.codecs import ethernet
@@ -73,7 +75,7 @@ def _decide(data: Any, packet: Any, tables: Any) -> int:
 def _from_pod(data: Any, packet: Any, tables: Any) -> int:
     """Return what becomes of an ARP packet from a pod: its addresses are known, everything else is a lie."""
     at, iif = int(packet["l3"]), int(packet["iif"])
-    own = int(tables[INTERFACE_TABLE][iif]["peer_mac"])
+    own = np.int64(tables[INTERFACE_TABLE][iif]["peer_mac"])
     if wire.sender_mac(data, at) != own or ethernet.source(data, packet["start"]) != own:
         return Reason.L2_SPOOFED_SRC
     routes = tables[ROUTES]
@@ -85,7 +87,7 @@ def _from_pod(data: Any, packet: Any, tables: Any) -> int:
             return Reason.IP_SPOOFED_SRC
     if wire.operation(data, at) != _REQUEST:
         return Reason.ARP_NOT_OWNER
-    gateway = V4_PREFIX | target == int(tables[SETTINGS][GATEWAY_LO])
+    gateway = V4_PREFIX | target == np.int64(tables[SETTINGS][GATEWAY_LO])
     found = route.lookup(routes, 0, V4_PREFIX | target)
     kind = 0 if found < 0 else int(table["kind"][found])
     if kind == Kind.POD and table["oif"][found] == iif:

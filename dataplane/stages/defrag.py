@@ -78,7 +78,7 @@ def defrag(batch: Any, count: int, tables: Any, now: int) -> None:
     data, packets = batch
     for i in range(count):
         packet = packets[i]
-        if packet["verdict"] != Verdict.ACCEPT or packet["flags"] & (FRAGMENT | IPV6) != FRAGMENT:
+        if packet["flags"] & (FRAGMENT | IPV6) != FRAGMENT or packet["verdict"] != Verdict.ACCEPT:
             continue
         why = _collect(data, packet, tables, now)
         packet["reason"] = why

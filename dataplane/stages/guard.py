@@ -9,6 +9,8 @@ Steals: host.owned. Drops: l2.spoofed-src, ip.spoofed-src, ip.martian, ip.multic
 
 from typing import Any
 
+import numpy as np
+
 from dataplane.batch import INJECTED, INTERFACE_TABLE, IPV6, ROUTES, SETTINGS, TUNNEL_PORT, TUNNELED
 from dataplane.codecs import ethernet
 from dataplane.jit import kernel, load8
@@ -55,10 +57,11 @@ def _impossible(packet: Any) -> int:
         if target_hi == 0 and _not_on_a_wire(target_lo):
             return Reason.IP_MARTIAN
         return Reason.ACCEPTED
-    source, target = int(packet["src_lo"]) & 0xFFFF_FFFF, int(packet["dst_lo"]) & 0xFFFF_FFFF
-    if target >> 28 == 0xE or target == 0xFFFF_FFFF:
-        return Reason.IP_MULTICAST
-    if source >> 24 in (0, 127) or source >> 28 >= 0xE or target >> 24 in (0, 127) or target >> 28 == 0xF:
+    source, target = int(packet["src_lo"]) >> 24 & 0xFF, int(packet["dst_lo"]) >> 24 & 0xFF
+    if target >= 224:
+        many = target < 240 or int(packet["dst_lo"]) & 0xFFFF_FFFF == 0xFFFF_FFFF
+        return Reason.IP_MULTICAST if many else Reason.IP_MARTIAN
+    if source >= 224 or source in (0, 127) or target in (0, 127):
         return Reason.IP_MARTIAN
     return Reason.ACCEPTED
 
@@ -89,7 +92,7 @@ def _to_many(packet: Any, tables: Any) -> int:
 @kernel
 def _from_pod(data: Any, packet: Any, tables: Any) -> int:
     iif = int(packet["iif"])
-    if ethernet.source(data, packet["start"]) != int(tables[INTERFACE_TABLE][iif]["peer_mac"]):
+    if ethernet.source(data, packet["start"]) != np.int64(tables[INTERFACE_TABLE][iif]["peer_mac"]):
         return Reason.L2_SPOOFED_SRC
     routes = tables[ROUTES]
     back = route.lookup(routes, packet["src_hi"], packet["src_lo"])

@@ -10,6 +10,8 @@ Drops: l2.too-short, l2.other-mac, l2.bad-ethertype, ip.bad-hdr, ip.bad-csum.
 
 from typing import Any
 
+import numpy as np
+
 from dataplane.batch import DONT_FRAGMENT, FRAGMENT, INTERFACE_TABLE, IPV6, V4_PREFIX
 from dataplane.codecs import checksum, ethernet, ipv4, ipv6
 from dataplane.jit import kernel, load8, load16, load32, load48, load64
@@ -38,7 +40,7 @@ def parse(batch: Any, count: int, tables: Any, now: int) -> None:
         if packet["verdict"] != Verdict.ACCEPT:
             continue
         interface = interfaces[packet["iif"]]
-        station = int(interface["mac"])
+        station = np.int64(interface["mac"])
         if interface["role"] == Role.NODE:
             station = load48(data, packet["start"])  # what the slow path makes has no station to be sent to
         why = parse_frame(data, packet, station)

@@ -16,6 +16,8 @@ tunnel.own-mac, tunnel.inner-mac, tunnel.ecn, and what parse finds in the inner 
 
 from typing import Any
 
+import numpy as np
+
 from dataplane.batch import (
     ENCAPSULATED,
     FRAGMENT,
@@ -94,9 +96,9 @@ def _unwrap(data: Any, packet: Any, tables: Any) -> int:
         return Reason.TUNNEL_BAD_FLAGS
     if not wire.reserved_ok(data, at):
         return Reason.TUNNEL_RESERVED
-    if wire.vni(data, at) != int(settings[VNI]):
+    if wire.vni(data, at) != np.int64(settings[VNI]):
         return Reason.TUNNEL_VNI
-    inner, mine = at + wire.HEADER, int(settings[VTEP_MAC])
+    inner, mine = at + wire.HEADER, np.int64(settings[VTEP_MAC])
     if ethernet.source(data, inner) == mine:
         return Reason.TUNNEL_OWN_MAC
     to = ethernet.destination(data, inner)
@@ -113,7 +115,7 @@ def _unwrap(data: Any, packet: Any, tables: Any) -> int:
     peer = vteps[-1][sender]
     peer["rx_packets"] += 1
     peer["rx_bytes"] += int(packet["length"])
-    _pass_checksum_state(data, packet, int(settings[POD_MTU]))
+    _pass_checksum_state(data, packet, np.int64(settings[POD_MTU]))
     return _merge_ecn(data, packet, outer_tos)
 
 
