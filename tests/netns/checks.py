@@ -98,11 +98,16 @@ def hops(source: Namespace, target: str, *options: str) -> list[str]:
     return re.findall(r"^ *\d+ +([\d.*]+)", output, re.MULTILINE)
 
 
-def nothing_is_malformed(capture: Path, expression: str = "", at_least: int = 1) -> None:
-    """Wireshark decodes the capture without a complaint, with every checksum checked."""
-    expert = _tshark(capture, "-q", "-z", f"expert,warn{',' + expression if expression else ''}")
-    assert not re.findall(r"^.*(?:[Mm]alformed|[Cc]hecksum|[Tt]runcated|[Bb]ogus).*$", expert, re.MULTILINE), expert
-    frames = _tshark(capture, "-Y", expression or "frame", "-T", "fields", "-e", "frame.number").splitlines()
+# Linux's skb_checksum_help() writes 0xffff for a sum of 0 whatever the protocol, once in 65536 segments.
+OF_THE_KERNEL = "TCP Checksum 0xffff instead of 0x0000"
+
+
+def nothing_is_malformed(capture: Path, at_least: int, except_for: str = "") -> None:
+    """Wireshark decodes a capture of so many frames without a complaint, with every checksum checked."""
+    expert = _tshark(capture, "-q", "-z", "expert,warn")
+    found = re.findall(r"^.*(?:[Mm]alformed|[Cc]hecksum|[Tt]runcated|[Bb]ogus).*$", expert, re.MULTILINE)
+    assert [line for line in found if not except_for or except_for not in line] == [], expert
+    frames = _tshark(capture, "-T", "fields", "-e", "frame.number").splitlines()
     assert len(frames) >= at_least, f"{len(frames)} frames in {capture}"
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dataplane.control import client
+from dataplane.control.snapshot import Kind
 from dataplane.devices.journal import process
 from dataplane.devices.namespace import DIRECTORY, delete_namespace
 
@@ -60,6 +61,7 @@ class Process:
 
     def __init__(self, arguments: list[str], cwd: Path | None = None) -> None:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment.pop("NUMBA_DISABLE_JIT", None)  # the program is tested as it is run, also when the rest is not
         self._popen = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             cwd=cwd, env=environment, errors="replace",
@@ -223,12 +225,8 @@ class Node:
     def start(self) -> "Node":
         """Start the program and wait until packets flow and, a moment later, the control socket answers."""
         self.launch().expect(r"\bready\b", READY_TIMEOUT)
-        eventually(self._answers, READY_TIMEOUT)
+        eventually(lambda: client.listens(self.socket), READY_TIMEOUT)
         return self
-
-    def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            return client.connect_ex(str(self.socket)) == 0
 
     @property
     def log(self) -> list[str]:
@@ -264,9 +262,9 @@ class Node:
         code = running.wait()
         return running.output, code
 
-    def show(self, kind: str) -> Any:
-        """Return ``dataplane show KIND -o json``."""
-        return json.loads(self.cli("show", kind, "-o", "json"))
+    def show(self, kind: Kind) -> Any:
+        """Return what ``dataplane show KIND -o json`` prints, without starting a process for it."""
+        return client.get(self.socket, kind)
 
     def status(self) -> Any:
         """Return ``dataplane status -o json``."""
