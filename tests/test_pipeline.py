@@ -17,7 +17,7 @@ from scapy.layers.l2 import ARP, Ether
 
 from dataplane import batch as b
 from dataplane import pipeline
-from dataplane.devices.memory import load
+from dataplane.devices.memory import Vnet, load
 from dataplane.stages.defrag import reclaim
 from dataplane.tables.interface import UP, Driver
 from dataplane.tables.route import Kind, Route
@@ -147,25 +147,33 @@ def assert_conserved(network):
     assert released >= 0
 
 
+def assert_whole(packet, length):
+    """The header sums up, the length is the frame's, and there are hops left."""
+    right = packet.copy()
+    del right.chksum
+    assert IP(bytes(right)).chksum == packet.chksum
+    assert packet.len == length
+    assert packet.ttl > 0
+
+
 def assert_sent_right(sent, network):
-    """What leaves is whole: a header that sums up, a length that is the frame's, addresses of the link, and its MTU."""
+    """What leaves is whole, with the link's addresses; in a tunnel that holds for both frames, and the MTU is kept."""
+    own = {w.POD_A: (w.MAC_A, w.GATEWAY_MAC), w.POD_B: (w.MAC_B, w.GATEWAY_MAC)}
     for oif, frame in sent:
         if frame[12:14] != b"\x08\x00":
             continue
         packet = IP(frame[14:])
-        right = packet.copy()
-        del right.chksum
-        assert IP(bytes(right)).chksum == packet.chksum
-        assert packet.len == len(frame) - 14
-        assert packet.ttl > 0
-        if oif in (w.POD_A, w.POD_B):
-            assert (Ether(frame).dst, Ether(frame).src) == (
-                (w.MAC_A if oif == w.POD_A else w.MAC_B),
-                w.GATEWAY_MAC,
-            )
-        if oif == w.UNDERLAY:
-            assert (packet.src, packet.dst, packet.proto) == (w.NODE, w.PEER, 17)
-            assert packet.len <= 1500
+        assert_whole(packet, len(frame) - 14)
+        if oif in own:
+            assert (Ether(frame).dst, Ether(frame).src) == own[oif]
+        if oif != w.UNDERLAY:
+            continue
+        assert (packet.src, packet.dst, packet.proto) == (w.NODE, w.PEER, 17)
+        assert packet.len <= 1500
+        inner = Ether(frame[50:])
+        assert (inner.dst, inner.src) == (w.PEER_VTEP, w.VTEP)
+        if inner.type == 0x0800:
+            assert_whole(IP(frame[64:]), len(frame) - 64)
 
 
 EVENTS = st.one_of(
@@ -226,6 +234,23 @@ def test_whatever_happens_no_packet_is_lost_or_made_up(events):
     assert_conserved(network)
     assert network.slow.resolver.waiting == 0
     assert not (network.tables.assembly[0]["phase"] == 1).any()
+
+
+PROMISES = [("the destination MAC", 0), ("the source MAC", 10), ("the IP header's checksum", 24)]
+PROMISES += [("the source address", 28), ("the source port", 34), ("the UDP length", 38)]
+
+
+@pytest.mark.parametrize("field", [row[1] for row in PROMISES], ids=[row[0] for row in PROMISES])
+@pytest.mark.parametrize("target", [w.IP_REMOTE, w.IP_B])
+def test_a_pod_cannot_have_us_write_over(field, target):
+    """A virtio header may ask for a checksum anywhere in the frame: over what has been checked, it is not written."""
+    network = Network()
+    network.tables.interfaces["flags"][w.POD_B] = UP
+    frame = bytes(pod_frame(udp(target)))
+    for vnet in (Vnet(b.NEEDS_CSUM, 0, 0, 0, 0, field), Vnet(b.NEEDS_CSUM, 0, 0, 0, field, 0)):
+        _, sent = network.receive(w.POD_A, [Arrival(w.POD_A, frame, vnet)])
+        ((oif, left),) = sent
+        assert left[64 if oif == w.UNDERLAY else 14 :] == bytes(udp(target, ttl=63))
 
 
 def test_losses_of_the_kernel_are_counted_as_received_and_dropped():

@@ -15,6 +15,7 @@ from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Raw
 
 from dataplane import batch as b
+from dataplane.devices.memory import Vnet
 from dataplane.stages.parse import parse
 from dataplane.tables.address import halves
 from dataplane.verdict import Reason, Verdict
@@ -208,6 +209,13 @@ def test_any_bytes_are_read_without_leaving_the_frame(payload, kind, plausible):
     assert outcome.frame == frame[: record["length"]]
     if outcome.verdict == Verdict.ACCEPT and kind != 0x0806:
         assert record["start"] + 14 == record["l3"] < record["l4"] <= end
+
+
+@pytest.mark.parametrize(("start", "offset", "kept"), [(34, 16, True), (60, 6, True), (34, 15, False)])
+def test_a_promised_checksum_stays_behind_what_was_checked(world, start, offset, kept):
+    frame = pod_frame(tcp(w.IP_B, size=60))
+    record = world.stage(nothing, [frame], w.POD_A, [Vnet(b.NEEDS_CSUM, 0, 0, 0, start, offset)])[0].record
+    assert bool(record["vnet_flags"]) is kept
 
 
 def test_arp_is_left_to_its_stage(world):

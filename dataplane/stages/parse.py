@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dataplane.batch import DONT_FRAGMENT, FRAGMENT, INTERFACE_TABLE, IPV6, V4_PREFIX
+from dataplane.batch import DONT_FRAGMENT, FRAGMENT, INTERFACE_TABLE, IPV6, NEEDS_CSUM, V4_PREFIX
 from dataplane.codecs import checksum, ethernet, ipv4, ipv6
 from dataplane.jit import kernel, load8, load16, load32, load48, load64
 from dataplane.tables.interface import Role
@@ -21,7 +21,9 @@ from dataplane.verdict import Reason, Verdict
 _MORE_OR_OFFSET = 0x3FFF  # more-fragments flag and offset: zero for a whole datagram
 _OFFSET = 0x1FFF
 _TCP = 6
+_TCP_CHECKSUM = 16  # where the field is in the header
 _UDP = 17
+_UDP_CHECKSUM = 6
 _ICMP = 1
 _ICMPV6 = 58
 _GROUP = 1 << 40  # the bit of a MAC address that marks a group: multicast or broadcast
@@ -46,6 +48,21 @@ def parse(batch: Any, count: int, tables: Any, now: int) -> None:
         why = parse_frame(data, packet, station)
         if why != Reason.ACCEPTED:
             packet["verdict"], packet["reason"] = Verdict.DROP, why
+        elif packet["vnet_flags"] & NEEDS_CSUM:
+            _confine_checksum(packet)
+
+
+@kernel
+def _confine_checksum(packet: Any) -> None:
+    """Ignore a virtio header that wants its checksum in front of where TCP or UDP has it.
+
+    Who finishes the checksum writes it where the sender says, behind all checks: a pod could change the addresses and
+    ports that they looked at. Farther back is allowed; a tunnel inside the pod has its transport header there.
+    """
+    field = int(packet["start"]) + int(packet["csum_start"]) + int(packet["csum_offset"])
+    place = _TCP_CHECKSUM if packet["protocol"] == _TCP else _UDP_CHECKSUM
+    if packet["l4"] == 0 or field < int(packet["l4"]) + place:
+        packet["vnet_flags"] = 0
 
 
 @kernel
