@@ -25,7 +25,7 @@ BACKEND = np.dtype(
             "connections", "in_packets", "in_bytes", "out_packets", "out_bytes",
         ],
         "formats": [
-            "u8", "u8", "i4", "i4", "i4", "i4", "u2", "u2", "i4", "u4",
+            "u8", "u8", "i4", "i4", "i4", "i4", "u2", "u2", "i4", "i4",
             "i4", "i4", "i4", "i4", "i4",
             "i4", "i4", "i4", "i4", "i2", "i2", "i2",
             "u8", "u8", "u8", "u8", "u8",

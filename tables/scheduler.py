@@ -1,8 +1,8 @@
 """The choice of a backend for a new flow, decision for decision that of Linux's ip_vs (6.1).
 
-All walk the service's list, in which the newest backend is the first. A backend can be used if its weight is above zero
-and it is not overloaded; none means that the client is refused. ``rr``, ``wrr``, ``sh``, ``dh`` and ``mh`` take constant
-time, the others look at every backend.
+All walk the service's list, in which the newest backend is the first. A backend can be used if its weight is above
+zero and it is not overloaded; none means that the client is refused. ``rr``, ``wrr``, ``sh``, ``dh`` and ``mh`` take
+constant time, the others look at every backend.
 
 =====  ================================================================================================================
 rr     the next after the last pick

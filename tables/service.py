@@ -29,7 +29,7 @@ SERVICE = np.dtype(
         ],
         "formats": [
             "u8", "u8", "i4", "u1", "u2", "i4", "i4", "i4", "i4", "i4", "i4",
-            "i4", "i4", "i4", "u4",
+            "i4", "i4", "i4", "i4",
             "i8", "u8", "u8", "u8", "u8", "u8", "u8", "u8",
         ],
         "offsets": [
@@ -42,10 +42,10 @@ SERVICE = np.dtype(
 )  # fmt: skip
 """One virtual service, two cache lines; the first is the scheduler's.
 
-``scope`` is the protocol << 16 | port. ``head`` is the row of the newest of ``count`` backends. ``position`` is where rr
-and wrr are, -1: before the head; ``cw``, ``mw``, ``di``, ``ring`` and ``lightest_in`` belong to ``weighted``. ``buckets``
-is where those of sh, dh and mh begin. ``mask_*`` are the client's bits that a persistence template keeps, for
-``timeout_ns``.
+``scope`` is the protocol << 16 | port. ``head`` is the row of the newest of ``count`` backends. ``position`` is where
+rr and wrr are, -1: before the head; ``cw``, ``mw``, ``di``, ``ring`` and ``lightest_in`` belong to ``weighted``.
+``buckets`` is where those of sh, dh and mh begin. ``mask_*`` are the client's bits that a persistence template keeps,
+for ``timeout_ns``.
 """
 
 Endpoint: TypeAlias = tuple[Address, int]  # address and port
@@ -231,7 +231,7 @@ class ServiceTable:
         self._give_back_buckets(row)
         generation = int(self.services[row]["generation"])
         self._services.delete(row)
-        self.services[row]["generation"] = (generation + 1) & 0xFFFF_FFFF
+        self.services[row]["generation"] = (generation + 1) & 0x7FFF_FFFF
 
     def get(self, row: int) -> Service:
         """Return how a service schedules."""
@@ -339,7 +339,7 @@ class ServiceTable:
     def _free_backend(self, at: int) -> None:
         generation = int(self.backends[at]["generation"])
         self.backends[at] = np.zeros((), BACKEND)
-        self.backends[at]["generation"] = (generation + 1) & 0xFFFF_FFFF
+        self.backends[at]["generation"] = (generation + 1) & 0x7FFF_FFFF
         self._free.append(at)
 
     def _link(self, row: int, at: int) -> None:

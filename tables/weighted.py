@@ -1,8 +1,8 @@
 """Weighted round robin as ip_vs's ``wrr``, decision for decision, in constant time.
 
-ip_vs walks the list of destinations for the next whose weight is at least the current weight ``cw``; at the end of the
-list it lowers ``cw`` by the weights' greatest common divisor ``di``, from ``mw`` to 1 and around. With one heavy backend
-among many light ones nearly every pick walks the whole list: 1000 steps of 1000 backends.
+ip_vs walks the list of destinations for the next whose weight is at least the current weight ``cw``; at the end of
+the list it lowers ``cw`` by the weights' greatest common divisor ``di``, from ``mw`` to 1 and around. With one heavy
+backend among many light ones nearly every pick walks the whole list: 1000 steps of 1000 backends.
 
 Here the backends with at least ``cw`` form a *ring* of their own, in the list's order. Lowering ``cw`` puts back the
 next lighter ones where they had been: each remembers its neighbors of the moment when it was taken out, and putting

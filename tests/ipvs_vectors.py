@@ -3,7 +3,7 @@
 A file is a JSON list of scenarios, each recorded from a Linux kernel on a fresh service:
 
 - ``name``, ``sched``, ``proto`` (udp or tcp), ``flags`` (of ipvsadm, with commas), ``vip`` (where it matters),
-- ``net``: destination number 7 is NET.7, port 8080; ``weights``: of the first destinations, 1, 2, ... as they were added,
+- ``net``: destination number 7 is NET.7, port 8080; ``weights``: of the first destinations, added as 1, 2, ...,
 - ``ops``, in order: ``["o", address, port]`` a client opens, ``["c", i]`` the i-th opened connection closes and becomes
   inactive, ``["w", n, weight]``, ``["a", n, weight]`` and ``["d", n]`` change, add and delete destination n,
 - ``kernel``: the number of the destination that each open came to, null for none,
