@@ -153,7 +153,8 @@ def tally(batch: Any, count: int, tables: Any, now: int) -> int:
 @kernel
 def _may_answer(counters: Any, now: int) -> bool:
     """Take one ICMP error from the node's budget: a flood of bad packets must not become a flood of Python."""
-    tokens, elapsed = np.int64(counters[ERROR_TOKENS]), now - np.int64(counters[ERROR_REFILLED])
+    tokens = int(np.int64(counters[ERROR_TOKENS]))
+    elapsed = now - int(np.int64(counters[ERROR_REFILLED]))
     # Divide only: nanoseconds since boot, multiplied, leave 64 bits after 106 days.
     fresh = elapsed // ERROR_INTERVAL_NS
     if fresh > 0:

@@ -21,6 +21,7 @@ from dpkt import icmp
 
 from dataplane.batch import (
     COUNTERS,
+    ERRORS_LIMITED,
     GATEWAY_LO,
     INJECTED_TOTAL,
     INTERFACE_TABLE,
@@ -117,6 +118,8 @@ class SlowPath:
         for row in punted[BUDGET:]:
             if verdict[row] == Verdict.QUEUE:
                 self.drop(Reason.OVERLOAD_SLOW_PATH)
+            else:
+                self._counters[ERRORS_LIMITED] += 1
         return out + self._take_late()
 
     def tick(self, now: int) -> list[Outgoing]:

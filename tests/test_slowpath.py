@@ -298,6 +298,13 @@ def test_a_burst_of_punted_rows_is_bounded(node):
     assert node.balanced()
 
 
+def test_errors_beyond_the_budget_of_a_burst_are_counted(node):
+    answers = node.answers([pod_frame(udp(w.IP_B, **BIG))] * b.ROWS)
+    assert len(answers) == BUDGET
+    assert node.tables.counters[b.ERRORS_LIMITED] == b.ROWS - BUDGET
+    assert node.balanced()
+
+
 # --- echo ------------------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ def parse(batch: Any, count: int, tables: Any, now: int) -> None:
         if packet["verdict"] != Verdict.ACCEPT:
             continue
         interface = interfaces[packet["iif"]]
-        station = np.int64(interface["mac"])
+        station = int(np.int64(interface["mac"]))
         if interface["role"] == Role.NODE:
             station = load48(data, packet["start"])  # what the slow path makes has no station to be sent to
         why = parse_frame(data, packet, station)

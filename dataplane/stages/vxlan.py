@@ -98,7 +98,7 @@ def _unwrap(data: Any, packet: Any, tables: Any) -> int:
         return Reason.TUNNEL_RESERVED
     if wire.vni(data, at) != np.int64(settings[VNI]):
         return Reason.TUNNEL_VNI
-    inner, mine = at + wire.HEADER, np.int64(settings[VTEP_MAC])
+    inner, mine = at + wire.HEADER, int(np.int64(settings[VTEP_MAC]))
     if ethernet.source(data, inner) == mine:
         return Reason.TUNNEL_OWN_MAC
     to = ethernet.destination(data, inner)
@@ -115,7 +115,7 @@ def _unwrap(data: Any, packet: Any, tables: Any) -> int:
     peer = vteps[-1][sender]
     peer["rx_packets"] += 1
     peer["rx_bytes"] += int(packet["length"])
-    _pass_checksum_state(data, packet, np.int64(settings[POD_MTU]))
+    _pass_checksum_state(data, packet, int(settings[POD_MTU]))
     return _merge_ecn(data, packet, outer_tos)
 
 
