@@ -5,7 +5,7 @@ third each from pod to pod, from a pod into the tunnel, and out of the tunnel to
 """
 
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv4Network, ip_address
+from ipaddress import IPv4Address, IPv4Network
 from random import Random
 
 import dpkt
@@ -35,7 +35,7 @@ NODE, GATEWAY = "192.0.2.11", "192.0.2.1"
 
 def pod_address(pod: int) -> IPv4Address:
     """Return the address of a pod of this node."""
-    return ip_address("10.244.1.1") + pod
+    return IPv4Address("10.244.1.1") + pod
 
 
 def pod_mac(pod: int) -> int:
@@ -45,12 +45,12 @@ def pod_mac(pod: int) -> int:
 
 def node_address(node: int) -> IPv4Address:
     """Return the address of another node."""
-    return ip_address("192.0.2.20") + node
+    return IPv4Address("192.0.2.20") + node
 
 
 def block(node: int, part: int) -> IPv4Network:
     """Return one of the blocks of another node's pods."""
-    return IPv4Network((int(ip_address("10.244.2.0")) + 64 * (4 * node + part), 26))
+    return IPv4Network((int(IPv4Address("10.244.2.0")) + 64 * (4 * node + part), 26))
 
 
 def make_tables() -> Tables:
@@ -76,8 +76,8 @@ def make_tables() -> Tables:
     gateway = tables.neighbours.records[tables.neighbours.insert(UPLINK, GATEWAY)]
     gateway["mac"], gateway["state"] = parse_mac("02:00:c0:00:02:01"), State.PERMANENT
     while len(tables.routes) < ROUTES:
-        network = IPv4Network((int(ip_address("198.18.0.0")) + 256 * len(tables.routes), 24))
-        tables.routes.set(network, Route(Kind.VIA, UPLINK, ip_address(GATEWAY)))
+        network = IPv4Network((int(IPv4Address("198.18.0.0")) + 256 * len(tables.routes), 24))
+        tables.routes.set(network, Route(Kind.VIA, UPLINK, IPv4Address(GATEWAY)))
     return tables
 
 
@@ -103,7 +103,7 @@ def _wrapped(inner: bytes, node: int, random: Random) -> bytes:
     header = b"\x08\0\0\0" + (4096 << 8).to_bytes(4, "big")
     outer = dpkt.udp.UDP(sport=random.randrange(32768, 61000), dport=vxlan.PORT, data=header + inner)
     outer.ulen = len(outer)
-    packet = IP(src=node_address(node).packed, dst=ip_address(NODE).packed, p=17, ttl=64, data=outer)
+    packet = IP(src=node_address(node).packed, dst=IPv4Address(NODE).packed, p=17, ttl=64, data=outer)
     packet.len = len(packet)
     frame = bytearray(bytes(Ethernet(src=bytes(6), dst=NODE_MAC.to_bytes(6, "big"), data=packet)))
     frame[40:42] = b"\0\0"  # Calico's tunnels have no outer UDP checksum

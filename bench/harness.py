@@ -21,7 +21,7 @@ Each turn begins with a call that is not counted.
 
 A case may also measure itself. With ``self_timed`` each callable returns the nanoseconds that it spent on its
 ``operations``, so that it can restore its data between them. With another ``unit`` ("Gbit/s", "kpps") it returns its
-figure, more is better, and a mark is a ratio that must be reached.
+figure, more is better, and a mark is a ratio that must be reached; with ``US`` it returns a latency.
 
 Bind loop variables with ``functools.partial``, not in a lambda.
 """
@@ -43,6 +43,7 @@ from dataplane.jit import cache_home
 
 BATCHES = (1, 16, 64, 256)
 NS = "ns"  # the unit of a timed case: nanoseconds per operation, less is better
+US = "us"  # a latency that the callables return, less is better
 OURS = "ours"
 _ROUND_NS = 2_000_000  # a round's share of each callable: long against the clock, short against a time slice
 _ROUNDS = 41
@@ -78,6 +79,11 @@ class Case:
     self_timed: bool = False
 
     @property
+    def less_is_better(self) -> bool:
+        """Whether figures are times; a mark is then the largest ratio, else the smallest."""
+        return self.unit in (NS, US)
+
+    @property
     def name(self) -> str:
         """The group and the batch size."""
         return f"{self.group} x{self.batch}"
@@ -106,7 +112,7 @@ class Result:
         if mark is None:
             return None
         ratio = self.ratios[reference].median
-        return ratio <= mark if self.case.unit == NS else ratio >= mark
+        return ratio <= mark if self.case.less_is_better else ratio >= mark
 
     @property
     def mpps(self) -> float | None:

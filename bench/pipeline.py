@@ -1,8 +1,8 @@
 """The pipeline, stage by stage and whole, in bursts of 1 to 256 packets: 250 pods, 1000 routes, mixed 64-byte traffic.
 
-Every stage finds the records and frames as the stages before it have left them; they are made anew before each pass over
-256 packets, and only the stage is on the clock. The C twin works on the very same arrays. A call from Python costs more
-than a packet, so it has a case of its own: small bursts are dear for that reason alone.
+Every stage finds the records and frames as the stages before it have left them; they are made anew before each pass
+over 256 packets, and only the stage is on the clock. The C twin works on the very same arrays, and has done the same to
+every byte before anything is timed. A call from Python costs more than a packet and has a case of its own.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ PASSES = 32  # per sample: half a millisecond of packets
 FIRST, KEPT = HEADROOM - 64, 256  # the bytes of a slot that a stage may change: [FIRST, FIRST + KEPT)
 CLOCK_MONOTONIC = 1
 
-_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+_clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,8 @@ def undo(tables: pipeline.Tables) -> None:
 def make_setting() -> Setting:
     """Set up, and make sure that both do the same to every byte, stage by stage and all at once."""
     tables, batch = _traffic.make_tables(), b.make_batch()
-    twin, saved = Twin(tables), []
+    twin = Twin(tables)
+    saved: list[tuple[Array, Array]] = []
     _traffic.fill(batch)
     for stage in (*range(len(STAGES)), WHOLE):
         saved.append(save(batch) if stage != WHOLE else saved[0])

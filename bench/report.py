@@ -112,7 +112,7 @@ def _rows(result: Result) -> list[list[str]]:
     rows = []
     for name, ratio in result.ratios.items():
         mark, holds = result.case.marks.get(name), result.holds(name)
-        sign = "<=" if result.case.unit == NS else ">="
+        sign = "<=" if result.case.less_is_better else ">="
         verdict = "" if mark is None else f"{sign} {mark:g} {'holds' if holds else 'MISSED'}"
         rows.append([*head, name, _number(result.figures[name].median), f"{ratio.median:.2f}", verdict])
         head = [""] * len(head)

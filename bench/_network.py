@@ -1,0 +1,180 @@
+"""Two pods and something between them: our node, a C loop, or the kernel's own forwarding.
+
+    pod a 10.244.1.10 ── eth0 ═╗               ╔═ eth0 ── pod b 10.244.1.20
+                               ╚═ forwarder ═══╝
+
+Each pair is in namespaces of its own, with the same addresses, MTU and gateway. Everything has one prefix, and is gone
+when the `Network` is closed: processes first, then namespaces.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from dataplane.jit import cache_home
+
+A, B, GATEWAY, GATEWAY_MAC = "10.244.1.10", "10.244.1.20", "169.254.1.1", "ee:ee:ee:ee:ee:ee"
+MTU = 1450
+ROOT = Path(__file__).parent.parent
+NAMESPACES = Path("/run/netns")
+READY_SECONDS = 300.0  # the first start compiles
+SENDER_CPU, FORWARDER_CPU = "0", "1"
+
+NODE = """
+[node]
+name = "{prefix}node"
+[pods]
+cidr = ["10.244.1.0/24"]
+mtu = {mtu}
+[[pods.static]]
+name = "a"
+netns = "{a}"
+ip = ["{address_a}"]
+[[pods.static]]
+name = "b"
+netns = "{b}"
+ip = ["{address_b}"]
+"""
+
+
+def run(*command: str) -> str:
+    """Run a command that has to succeed and return what it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
+    return done.stdout
+
+
+def program(name: str) -> str:
+    """Compile ``c/NAME.c`` and return the path of the program."""
+    source = Path(__file__).with_name("c") / f"{name}.c"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    path = cache_home().parent / "bench" / f"{name}-{digest}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        run("gcc", "-O3", "-march=native", "-Wall", "-o", str(part), str(source))
+        part.rename(path)
+    return str(path)
+
+
+def inside(namespace: str, *command: str, cpu: str = "") -> list[str]:
+    """Return the command that runs another one in a namespace, on one core if given."""
+    pinned = ["taskset", "-c", cpu] if cpu else []
+    return ["nsenter", f"--net={NAMESPACES / namespace}", "--", *pinned, *command]
+
+
+class Pair:
+    """Two pods; ``a`` and ``b`` are their namespaces."""
+
+    def __init__(self, a: str, b: str) -> None:
+        self.a, self.b = a, b
+
+
+class Network:
+    """Everything that one run of the bench makes."""
+
+    def __init__(self) -> None:
+        self.prefix = f"dpb{os.getpid()}-"
+        self._stack = ExitStack()
+
+    def close(self) -> None:
+        """Take everything away; more than once is allowed."""
+        self._stack.close()
+
+    def start(self, command: Sequence[str], ready: str) -> subprocess.Popen[str]:
+        """Start a program that lives as long as the network and wait until it prints a line with ``ready``."""
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        self._stack.callback(stop, process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if ready in line:
+                return process
+        raise RuntimeError(f"{' '.join(command)} ended before it was ready")
+
+    def namespace(self, name: str) -> str:
+        """Make a namespace and return its full name."""
+        full = self.prefix + name
+        run("ip", "netns", "add", full)
+        self._stack.callback(subprocess.run, ["ip", "netns", "del", full], check=False, capture_output=True)
+        run("ip", "-n", full, "link", "set", "lo", "up")
+        return full
+
+    # --- the forwarders ----------------------------------------------------------------------------------------------
+
+    def ours(self) -> Pair:
+        """Start our node; it makes the pods."""
+        host = self.namespace("node")
+        pair = Pair(f"{self.prefix}ours-a", f"{self.prefix}ours-b")
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
+        config = Path(folder, "node.toml")
+        config.write_text(
+            NODE.format(prefix=self.prefix, mtu=MTU, a=pair.a, b=pair.b, address_a=A, address_b=B), encoding="utf-8"
+        )
+        command = (sys.executable, "-m", "dataplane", "run", "--config", str(config))
+        self.start(inside(host, *command, cpu=FORWARDER_CPU), " ready ")
+        return pair
+
+    def loop(self, virtio: bool) -> Pair:
+        """Start the C loop between two TAPs."""
+        name = "loop" if virtio else "plain"
+        pair = Pair(self.namespace(f"{name}-a"), self.namespace(f"{name}-b"))
+        paths = [str(NAMESPACES / namespace) for namespace in (pair.a, pair.b)]
+        self.start(["taskset", "-c", FORWARDER_CPU, program("tap_loop"), *paths, str(int(virtio))], "ready")
+        _address(pair)
+        return pair
+
+    def kernel(self) -> Pair:
+        """Let the kernel forward between two veth pairs."""
+        host, pair = self.namespace("kernel"), Pair(self.namespace("kernel-a"), self.namespace("kernel-b"))
+        run(*inside(host, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"))
+        for name, namespace in (("to-a", pair.a), ("to-b", pair.b)):
+            ends = ("name", name, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+            run("ip", "-n", host, "link", "add", *ends)
+            run("ip", "-n", host, "link", "set", name, "address", GATEWAY_MAC, "mtu", str(MTU), "up")
+        _address(pair)
+        for name, namespace, address in (("to-a", pair.a, A), ("to-b", pair.b, B)):
+            run("ip", "-n", host, "route", "add", address, "dev", name)
+            run("ip", "-n", host, "neigh", "add", address, "lladdr", _mac(namespace), "dev", name)
+        return pair
+
+    def spread(self, cores: int) -> None:
+        """Say whether the kernel forwards on the sender's core (1) or on the other one (2: receive packet steering)."""
+        mask = "0" if cores == 1 else f"{1 << int(FORWARDER_CPU):x}"
+        for name in ("to-a", "to-b"):
+            path = f"/sys/class/net/{name}/queues/rx-0/rps_cpus"
+            run("ip", "netns", "exec", f"{self.prefix}kernel", "sh", "-c", f"echo {mask} > {path}")
+
+
+def stop(process: subprocess.Popen[str], patience: float = 0.0) -> None:
+    """End a program that has not ended by itself after ``patience`` seconds; one that ignores SIGTERM is killed."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _mac(namespace: str) -> str:
+    return run("ip", "-n", namespace, "-br", "link", "show", "dev", "eth0").split()[2]
+
+
+def _address(pair: Pair) -> None:
+    """Configure both pods as our node does: a /32 address and a gateway that need not be asked for."""
+    for namespace, address in ((pair.a, A), (pair.b, B)):
+        run("ip", "-n", namespace, "link", "set", "eth0", "mtu", str(MTU), "up")
+        run("ip", "-n", namespace, "address", "add", f"{address}/32", "dev", "eth0")
+        run("ip", "-n", namespace, "neigh", "add", GATEWAY, "lladdr", GATEWAY_MAC, "dev", "eth0")
+        run("ip", "-n", namespace, "route", "add", GATEWAY, "dev", "eth0", "scope", "link")
+        run("ip", "-n", namespace, "route", "add", "default", "via", GATEWAY, "dev", "eth0")
