@@ -43,22 +43,29 @@ def run(settings: Settings) -> int:
         return FAILED
     for line in report:
         log.info("left by a dead node: %s", line)
+    node = Node(settings, log_book)
+    # The loop has its own handlers, but it does not run while kernels are compiled, and that may take long.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        warm_up(node)
+    except KeyboardInterrupt:
+        log_book.close()  # nothing was made yet
+        log.info("stopped node=%s before it was ready", name)
+        return 0
     start = asyncio.run if settings.engine.loop == "asyncio" else uvloop.run
     try:
-        return start(_live(settings, log_book))
+        return start(_live(node, settings, log_book))
     except (DeviceError, NamespaceError, NetlinkError) as error:
         log.error("%s", error)
         return NO_PERMISSION if error.errno in (errno.EPERM, errno.EACCES) else FAILED
 
 
-async def _live(settings: Settings, log_book: journal.Journal) -> int:
-    node = Node(settings, log_book)
+async def _live(node: Node, settings: Settings, log_book: journal.Journal) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, node.stopping.set)
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
     try:
-        warm_up(node)
         await node.start()
         log.info("ready node=%s pods=%d", settings.state.node.name, len(settings.state.pods))
         notify("READY=1")

@@ -13,6 +13,7 @@ line) and bounds-checked (``NUMBA_BOUNDSCHECK=1``: an access outside an array ra
 import hashlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,9 @@ def compiled_beside(function: Callable[[], object]) -> Iterator[None]:
             os._exit(0)
     try:
         yield
+    except BaseException:
+        os.kill(child, signal.SIGKILL)  # interrupted: nobody waits for what it compiles
+        raise
     finally:
         os.waitpid(child, 0)
 

@@ -104,6 +104,16 @@ def test_a_stopped_node_leaves_nothing(node, network, host, number):
     assert look(host) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_first_start_can_be_interrupted_while_it_compiles(node, network, tmp_path, number):
+    started = node.launch("env", f"XDG_CACHE_HOME={tmp_path}")
+    started.expect("compiling kernels")
+    started.send(number)
+    assert started.wait(5) == 0, started.output
+    assert "Traceback" not in started.output, started.output
+    assert made_by_nodes(network) == []
+
+
 def test_a_node_that_was_stopped_starts_again(node, network):
     for _ in range(3):
         node.start()
