@@ -47,6 +47,7 @@ INTERFACE = np.dtype(
         "itemsize": 128,
     }
 )  # fmt: skip
-"""``mac`` is our end's address, ``peer_mac`` the pod's; ``error`` the last errno. ``tx_packets`` counts records, ``tx_frames``
-what they became after segmentation and fragmentation. ``rx_dropped`` is what the operating system says it lost.
+"""``mac`` is our end's address, ``peer_mac`` the pod's; ``error`` the last errno. ``tx_packets`` counts records,
+``tx_frames`` what they became after segmentation and fragmentation. ``rx_dropped`` is what the operating system says it
+lost.
 """
