@@ -13,6 +13,7 @@ from dataplane.tables.backend import NONE, is_usable
 from dataplane.tables.result import TableFullError
 
 BUCKETS = 256
+_NO_SIGN = 0x7FFF_FFFF
 _GOLDEN = 0x61C8_8647  # hash_32's multiplier
 
 
@@ -26,15 +27,14 @@ def _bucket(word: int) -> int:
 def pick(backends: Any, buckets: Any, base: int, word: int, fallback: bool) -> int:
     """Return the backend in the bucket of ``word``, the folded address and the port; sh and dh."""
     home = _bucket(word)
-    row = int(buckets[base + home])
+    row = int(buckets[(base + home) & _NO_SIGN])
     if row < 0 or is_usable(backends[row]):
         return row
     if not fallback:
         return NONE
     for offset in range(BUCKETS):
-        # ip_vs adds the bucket to the bucket's hash: the home counts twice.
-        at = (((offset + home) & 0xFF) + home) & 0xFF
-        row = int(buckets[base + at])
+        at = (2 * home + offset) & 0xFF  # ip_vs adds the home to the hash, which is the home
+        row = int(buckets[(base + at) & _NO_SIGN])
         if row < 0 or is_usable(backends[row]):
             return row
     return NONE

@@ -50,6 +50,7 @@ ONE_PACKET = 0x04  # each UDP datagram is scheduled for itself
 FALLBACK = 0x08  # sh, mh: try further buckets when the backend cannot be used
 PORT = 0x10  # sh, mh: the client's port counts
 
+_NO_SIGN = 0x7FFF_FFFF
 _ACTIVE = 8  # an active connection is 2**8 inactive ones (ip_vs_dest_conn_overhead)
 
 
@@ -140,7 +141,7 @@ def pick(arrays: Any, row: int, hi: Word, lo: Word, sport: int) -> int:
         sport: The client's port; 0 when there is none, such as in a fragment.
     """
     _, _, services, backends, buckets = arrays
-    service = services[row]
+    service = services[row & _NO_SIGN]
     kind, flags, base = int(service["scheduler"]), int(service["flags"]), int(service["buckets"])
     if kind == Scheduler.RR:
         return _next(service, backends)

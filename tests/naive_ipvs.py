@@ -105,7 +105,7 @@ class Service:
     port: bool = False
     fallback: bool = False
     backends: list[Backend] = field(default_factory=list)
-    last: object = None  # rr and wrr: the last pick; None is before the first
+    last: Backend | None = None  # rr and wrr: the last pick; None is before the first
     cw: int = 0
 
     def use(self, scheduler):
@@ -208,7 +208,6 @@ class Service:
             return None
         home = hash_32(word)
         tries = [home] + [(2 * home + offset) % 256 for offset in range(256)] * self.fallback
-        # The home counts twice only modulo 256: (offset + home) % 256 + home.
         return next((b for b in (dealt[at % len(dealt)] for at in tries) if b.usable), None)
 
     def dh(self, _):
@@ -231,7 +230,7 @@ class Service:
     def maglev(self):
         """Each backend's permutation as a whole, and turns until all buckets are taken."""
         divisor = gcd(*(backend.last_weight for backend in self.backends))
-        table = [None] * M
+        table: list[Backend | None] = [None] * M
         if not divisor:
             return table
         shift = max(0, (max(backend.last_weight for backend in self.backends) // divisor).bit_length() - 6)

@@ -293,8 +293,12 @@ WEIGHTS = st.sampled_from([0, 1, 2, 3, 5, 6, 64, 100, 4096, 65535])
 EDITS = st.one_of(
     st.tuples(st.just("add"), st.integers(1, 6), WEIGHTS),
     st.tuples(st.just("remove"), st.integers(1, 6)),
-    st.tuples(st.just("open"), st.integers(0, 2**32 - 1), st.integers(0, 65535)),
+    st.tuples(st.just("overload"), st.integers(1, 6)),
+    st.just(("overload", 1, 2, 3, 4, 5, 6)),
+    st.tuples(st.just("open"), st.integers(0, 2**32 - 1), st.integers(0, 65535), st.integers(1, 9)),
 )
+FLAGS = st.sampled_from([0, PORT, FALLBACK, PORT | FALLBACK])
+LISTS = st.lists(EDITS, min_size=12, max_size=50)
 
 
 def check_against_model(name, flags, vip, edits):
@@ -309,7 +313,7 @@ def check_against_model(name, flags, vip, edits):
             cluster.add(number, numbers[1])
             new = number not in known
             mirror = known.setdefault(number, naive_ipvs.Backend(MEMBERS[number - 1], 8080))
-            mirror.change(numbers[1], 0, 0, new)
+            mirror.change(numbers[1], 0, 0, new)  # without a threshold, which ends an overload
             if new:
                 model.backends.insert(0, mirror)
             model.changed()
@@ -317,27 +321,46 @@ def check_against_model(name, flags, vip, edits):
             cluster.remove(number)
             model.unlink(known.pop(number))
         elif what == "open":
-            client = ip_address(number) if vip.version == 4 else ip_address(0x2001 << 112 | number << 40 | number)
-            expected = model.pick(client, numbers[1])
-            picked = cluster.pick(client, numbers[1])
-            assert picked == (None if expected is None else int(expected.address) & 0xFF)
+            for near in range(numbers[2]):
+                words = (number + near) % 2**32
+                client = ip_address(words) if vip.version == 4 else ip_address(0x2001 << 112 | words << 40 | words)
+                expected = model.pick(client, numbers[1])
+                picked = cluster.pick(client, numbers[1])
+                assert picked == (None if expected is None else int(expected.address) & 0xFF)
+        elif what == "overload":
+            for each in known.keys() & set(numbers):
+                record = cluster.table.backends[cluster.at(each)]
+                record["flags"] = int(record["flags"]) ^ backend.OVERLOAD
+                known[each].overload = not known[each].overload
 
 
-@pytest.mark.parametrize("name", ["sh", "dh", "wrr"])
-@settings(max_examples=60)
-@given(
-    flags=st.sampled_from([0, PORT, FALLBACK, PORT | FALLBACK]), v6=st.booleans(), edits=st.lists(EDITS, max_size=30)
-)
-@example(flags=0, v6=False, edits=[("add", 1, 4), ("add", 2, 3), ("add", 3, 2), *[("open", 1, 1)] * 12])
-def test_hashing_and_weighted_picks_are_those_of_the_model(name, flags, v6, edits):
+@pytest.mark.parametrize("name", ["rr", "wrr", "sh", "dh"])
+@settings(max_examples=200)
+@given(flags=FLAGS, v6=st.booleans(), edits=LISTS)
+@example(flags=0, v6=False, edits=[("add", 1, 4), ("add", 2, 3), ("add", 3, 2), ("open", 1, 1, 27)])
+def test_picks_are_those_of_the_model(name, flags, v6, edits):
     edits = [edit if edit[0] != "add" or name != "wrr" else ("add", edit[1], min(edit[2], 101)) for edit in edits]
     check_against_model(name, flags, V6 if v6 else VIP, edits)
 
 
-@settings(max_examples=6 if INTERPRETED else 40)
+@settings(max_examples=300)
 @given(
-    flags=st.sampled_from([0, PORT, FALLBACK, PORT | FALLBACK]), v6=st.booleans(), edits=st.lists(EDITS, max_size=20)
+    weights=st.lists(st.sampled_from([0, 1, 2, 4, 5]), min_size=2, max_size=4),
+    edits=st.lists(
+        st.one_of(
+            st.lists(st.integers(1, 4), min_size=1).map(lambda numbers: ("overload", *numbers)),
+            st.integers(1, 5).map(lambda count: ("open", 1, 1, count)),
+        ),
+        min_size=8,
+    ),
 )
+@example(weights=[1, 5], edits=[("open", 1, 1, 4), ("overload", 2), ("open", 1, 1, 2)])
+def test_weighted_picks_among_overloaded_backends_are_those_of_the_model(weights, edits):
+    check_against_model("wrr", 0, VIP, [("add", i, weight) for i, weight in enumerate(weights, 1)] + edits)
+
+
+@settings(max_examples=6 if INTERPRETED else 40)
+@given(flags=st.sampled_from([0, PORT, FALLBACK, PORT | FALLBACK]), v6=st.booleans(), edits=LISTS)
 def test_maglev_picks_are_those_of_the_model(flags, v6, edits):
     check_against_model("mh", flags, V6 if v6 else VIP, edits)
 

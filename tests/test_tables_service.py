@@ -1,6 +1,7 @@
 """The service table against a plain model: services, backends, connections, thresholds, removal and return."""
 
 from ipaddress import ip_address
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from dataplane.tables.scheduler import FALLBACK, PERSISTENT, PORT, Scheduler
 from dataplane.tables.service import SERVICE, Destination, Service, ServiceTable
 from tests import naive_ipvs
 
+Key: TypeAlias = tuple[int, Address, int]
+Member: TypeAlias = tuple[Address, int]
 TCP, UDP = 6, 17
 VIP, OTHER = ip_address("10.96.0.10"), ip_address("10.96.0.11")
 POD, POD2 = ip_address("10.244.0.7"), ip_address("10.244.0.8")
-KEYS: list[tuple[int, Address, int]] = [(TCP, VIP, 80), (UDP, VIP, 80), (TCP, ip_address("2001:db8:96::10"), 80)]
-MEMBERS: list[tuple[Address, int]] = [(ip_address(f"10.244.0.{i}"), 8080) for i in range(1, 5)]
+KEYS: list[Key] = [(TCP, VIP, 80), (UDP, VIP, 80), (TCP, ip_address("2001:db8:96::10"), 80)]
+MEMBERS: list[Member] = [(ip_address(f"10.244.0.{i}"), 8080) for i in range(1, 5)]
 KINDS = [kind for kind in Scheduler if kind != Scheduler.MH]  # mh has its own test: it takes long without compiling
 BACKENDS = 6
 
@@ -48,7 +51,7 @@ class ServiceMachine(RuleBasedStateMachine):
         return listed + sum(mirror.held for mirror in self.trash.values())
 
     @rule(key=st.sampled_from(KEYS), kind=st.sampled_from(KINDS), flags=st.sampled_from([0, PORT, FALLBACK, 24]))
-    def set(self, key, kind, flags):
+    def set(self, key: Key, kind, flags):
         if key not in self.model and len(self.model) == 2:
             with pytest.raises(TableFullError, match="service: full, 2 of 2"):
                 self.table.set(*key, Service(kind, flags))
@@ -80,7 +83,7 @@ class ServiceMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), member=st.sampled_from(MEMBERS), weight=st.sampled_from([0, 1, 1, 2, 3, 6, 65535]))
-    def add(self, data, member, weight):
+    def add(self, data, member: Member, weight):
         key = data.draw(st.sampled_from(list(self.model)))
         upper, lower = data.draw(st.sampled_from([(0, 0), (0, 0), (1, 0), (2, 0), (4, 0), (4, 1), (3, 9)]))
         mirrors, row = self.model[key], self.table.find(*key)
