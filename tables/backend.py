@@ -49,6 +49,14 @@ one above zero, or the one it was added with. ``ring_*``, ``lighter`` and ``heav
 
 
 @kernel
+def gcd(a: int, b: int) -> int:
+    """Return the greatest common divisor of two weights; of 0 and a weight, the weight."""
+    while b:
+        a, b = b, a % b
+    return a
+
+
+@kernel
 def is_usable(backend: Any) -> bool:
     """Say whether a new connection may go to the backend whose record is given."""
     return int(backend["weight"]) > 0 and (int(backend["flags"]) & OVERLOAD) == 0

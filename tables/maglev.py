@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.jit import MASK64, kernel
-from dataplane.tables.backend import NONE, is_usable
+from dataplane.tables.backend import NONE, gcd, is_usable
 from dataplane.tables.hash import Word
 
 BUCKETS = 4093  # CONFIG_IP_VS_MH_TAB_INDEX=12
@@ -102,20 +102,13 @@ def pick(backends: Any, buckets: Any, base: int, word: int, fallback: bool) -> i
 
 
 @kernel
-def _gcd(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
-
-
-@kernel
 def _prepare(backends: Any, head: int) -> int:
     """Give each backend of a list its start, step and buckets per turn; return whether any has a share."""
     divisor, heaviest = 0, 0
     row = head
     while row >= 0:
         weight = int(backends[row]["last_weight"])
-        divisor = _gcd(weight, divisor)
+        divisor = gcd(weight, divisor)
         heaviest = max(heaviest, weight)
         row = int(backends[row]["next"])
     if divisor == 0:

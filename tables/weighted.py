@@ -14,16 +14,9 @@ the heaviest to the lightest.
 from typing import Any
 
 from dataplane.jit import kernel
-from dataplane.tables.backend import NONE, is_usable
+from dataplane.tables.backend import NONE, gcd, is_usable
 
 _ANY = 1 << 31  # above every weight
-
-
-@kernel
-def _gcd(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
 
 
 @kernel
@@ -80,7 +73,7 @@ def measure(service: Any, backends: Any) -> None:
     row = int(service["head"])
     while row >= 0:
         weight = int(backends[row]["weight"])
-        divisor = _gcd(weight, divisor)
+        divisor = gcd(weight, divisor)
         heaviest = max(heaviest, weight)
         row = int(backends[row]["next"])
     service["di"] = max(divisor, 1)
