@@ -39,10 +39,16 @@ def run(name: str, quick: bool) -> list[Result]:
 @click.argument("benches", nargs=-1, required=True, metavar="list | all | NAME...")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write tables for a README here.")
+@click.option("--summary", type=click.Path(path_type=Path), help="Write one short table here: what has a mark.")
 @click.option("--plots", type=click.Path(path_type=Path), help="Write one SVG per group into this folder.")
 @click.option("--quick", is_flag=True, help="Fewer rounds, sizes and batch sizes.")
 def main(
-    benches: tuple[str, ...], json_file: Path | None, markdown: Path | None, plots: Path | None, quick: bool
+    benches: tuple[str, ...],
+    json_file: Path | None,
+    markdown: Path | None,
+    summary: Path | None,
+    plots: Path | None,
+    quick: bool,
 ) -> None:
     """Measure our kernels beside C, numpy and Python."""
     if benches == ("list",):
@@ -62,6 +68,8 @@ def main(
         report.write_json(json_file, results)
     if markdown:
         report.write_markdown(markdown, results)
+    if summary:
+        report.write_summary(summary, results)
     if plots:
         report.write_plots(plots, results)
 

@@ -66,8 +66,17 @@ def program(name: str) -> str:
 
 def inside(namespace: str, *command: str, cpu: str = "") -> list[str]:
     """Return the command that runs another one in a namespace, on one core if given."""
+    return ["nsenter", f"--net={NAMESPACES / namespace}", "--", *ahead(*command, cpu=cpu)]
+
+
+def ahead(*command: str, cpu: str = "") -> list[str]:
+    """Return the command that runs another one ahead of what else the machine does, on one core if given.
+
+    Sessions share the processor before their processes do (sched(7), autogroup), so each command has its own.
+    """
     pinned = ["taskset", "-c", cpu] if cpu else []
-    return ["nsenter", f"--net={NAMESPACES / namespace}", "--", *pinned, *command]
+    first = 'echo -15 2>/dev/null > /proc/self/autogroup; exec "$@"'
+    return ["setsid", "sh", "-c", first, "sh", *pinned, *command]
 
 
 class Pair:
@@ -126,7 +135,7 @@ class Network:
         name = "loop" if virtio else "plain"
         pair = Pair(self.namespace(f"{name}-a"), self.namespace(f"{name}-b"))
         paths = [str(NAMESPACES / namespace) for namespace in (pair.a, pair.b)]
-        self.start(["taskset", "-c", FORWARDER_CPU, program("tap_loop"), *paths, str(int(virtio))], "ready")
+        self.start(ahead(program("tap_loop"), *paths, str(int(virtio)), cpu=FORWARDER_CPU), "ready")
         _address(pair)
         return pair
 

@@ -16,7 +16,7 @@ import numpy as np
 from numba.core import types
 
 from bench import _traffic
-from bench.harness import OURS, Case, batches, bind, compile_c, read_c
+from bench.harness import Case, batches, bind, compile_c, read_c
 from dataplane import batch as b
 from dataplane import pipeline
 from dataplane.batch import HEADROOM, PACKET, ROWS, SMALL_STRIDE
@@ -129,7 +129,7 @@ def c_struct(name: str, dtype: np.dtype[Any]) -> str:
 
 
 def c_source() -> str:
-    """Return the twin's source: tables, then records and names as the Python sources have them, then stages."""
+    """Return the twin's source: tables, records and names as the Python sources have them, stages."""
     records = {"packet": PACKET, "interface": INTERFACE, "route": ROUTE, "neighbour": NEIGHBOUR, "vtep": VTEP}
     numbers = {name: value for name, value in vars(b).items() if isinstance(value, int) and name.isupper()}
     numbers |= {reason.name: int(reason) for reason in Reason} | {verdict.name: int(verdict) for verdict in Verdict}
@@ -138,7 +138,7 @@ def c_source() -> str:
     numbers |= {"FIRST": FIRST, "KEPT": KEPT}
     defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
     structs = "".join(c_struct(name, dtype) for name, dtype in records.items())
-    return read_c("lpm") + read_c("rows") + structs + defines + read_c("pipeline")
+    return read_c("lpm") + read_c("rows") + structs + defines + read_c("parse") + read_c("route")
 
 
 class Twin:
@@ -288,6 +288,3 @@ def cases(quick: bool) -> Iterator[Case]:
     for stage in (*range(len(STAGES)), WHOLE):
         yield from stage_cases(setting, stage, list(batches(quick)))
     yield from call_cases(setting)
-
-
-__all__ = ["OURS", "cases"]

@@ -64,6 +64,36 @@ def write_markdown(path: Path, results: dict[str, list[Result]]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def write_summary(path: Path, results: dict[str, list[Result]]) -> None:
+    """Write one short table for a README: what has a mark, at its largest batch."""
+    about = machine()
+    lines = ["| measured | ours | beside | ratio | mark |", "| --- | ---: | ---: | ---: | --- |"]
+    for some in results.values():
+        for result in {result.case.group: result for result in some}.values():
+            lines += _summary_rows(result)
+    lines += [
+        "",
+        f"{about['cpu']}, Linux {about['kernel']}, numba {about['numba']}, gcc {about['gcc']}, {about['date']}.",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _summary_rows(result: Result) -> list[str]:
+    unit, rows, ours = result.case.unit, [], result.figures[OURS].median
+    speed = "" if result.mpps is None else f" ({result.mpps:.3g} M/s)"
+    for name in result.case.marks:
+        figures = f"{_number(ours)} {unit}{speed} | {name}: {_number(result.figures[name].median)} {unit}"
+        kept = "" if result.holds(name) else " **missed**"
+        rows.append(
+            f"| {result.case.name} | {figures} | {result.ratios[name].median:.2f} | {_mark(result, name)}{kept} |"
+        )
+    return rows
+
+
+def _mark(result: Result, reference: str) -> str:
+    return f"{'<=' if result.case.less_is_better else '>='} {result.case.marks[reference]:g}"
+
+
 def write_plots(folder: Path, results: dict[str, list[Result]]) -> None:
     """Write one SVG per group: cost against batch size, or bars where there is one size only."""
     import matplotlib as mpl
@@ -111,9 +141,9 @@ def _rows(result: Result) -> list[list[str]]:
     head = [result.case.name, result.case.unit, _number(ours.median), f"{_number(ours.low)}-{_number(ours.high)}", mpps]
     rows = []
     for name, ratio in result.ratios.items():
-        mark, holds = result.case.marks.get(name), result.holds(name)
-        sign = "<=" if result.case.less_is_better else ">="
-        verdict = "" if mark is None else f"{sign} {mark:g} {'holds' if holds else 'MISSED'}"
+        verdict = ""
+        if name in result.case.marks:
+            verdict = f"{_mark(result, name)} {'holds' if result.holds(name) else 'MISSED'}"
         rows.append([*head, name, _number(result.figures[name].median), f"{ratio.median:.2f}", verdict])
         head = [""] * len(head)
     return rows or [[*head, "", "", "", ""]]
