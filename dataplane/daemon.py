@@ -44,14 +44,17 @@ def run(settings: Settings) -> int:
     for line in report:
         log.info("left by a dead node: %s", line)
     node = Node(settings, log_book)
-    # The loop has its own handlers, but it does not run while kernels are compiled, and that may take long.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        warm_up(node)
-    except KeyboardInterrupt:
-        log_book.close()  # nothing was made yet
+
+    def leave(*_: object) -> None:
+        """Stop at once: nothing was made yet. An exception could be lost in one of the compiler's callbacks."""
+        log_book.close()
         log.info("stopped node=%s before it was ready", name)
-        return 0
+        os._exit(0)
+
+    # The loop has its own handlers, but it does not run while kernels are compiled, and that may take long.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    warm_up(node)
     start = asyncio.run if settings.engine.loop == "asyncio" else uvloop.run
     try:
         return start(_live(node, settings, log_book))

@@ -10,6 +10,7 @@ Three modes, one source: compiled (default), interpreted (``NUMBA_DISABLE_JIT=1`
 line) and bounds-checked (``NUMBA_BOUNDSCHECK=1``: an access outside an array raises IndexError).
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -35,6 +36,7 @@ INTERPRETED = bool(numba_config.DISABLE_JIT)
 BOUNDSCHECK = bool(numba_config.BOUNDSCHECK)
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _CACHES_KEPT = 3
+_PR_SET_PDEATHSIG = 1
 _KERNEL_FOLDERS = ("codecs", "tables", "stages", "devices")
 _KERNEL_FILES = ("jit.py", "verdict.py", "batch.py", "pipeline.py")
 
@@ -130,6 +132,7 @@ def compiled_beside(function: Callable[[], object]) -> Iterator[None]:
     """
     child = os.fork()
     if child == 0:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for what an orphan compiles
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the parent reports progress
         try:
             function()
@@ -137,9 +140,6 @@ def compiled_beside(function: Callable[[], object]) -> Iterator[None]:
             os._exit(0)
     try:
         yield
-    except BaseException:
-        os.kill(child, signal.SIGKILL)  # interrupted: nobody waits for what it compiles
-        raise
     finally:
         os.waitpid(child, 0)
 
