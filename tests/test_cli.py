@@ -254,7 +254,8 @@ def test_ctrl_c_is_quiet(tmp_path):
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(path))
         silent.listen()
-        command = [sys.executable, "-m", "dataplane", "status", "--socket", str(path)]
+        # A background job of a shell ignores SIGINT, and so would all that it starts.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "dataplane", "status", "--socket", str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             connection, _ = silent.accept()
             process.send_signal(signal.SIGINT)

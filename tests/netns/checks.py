@@ -94,8 +94,12 @@ def too_big_is_reported(source: Namespace, target: str, mtu: int, reporter: str)
 
 
 def hops(source: Namespace, target: str, *options: str) -> list[str]:
-    """Return the addresses that answer traceroute, hop by hop."""
-    output = source.run("traceroute", "-n", "-q", 1, "-w", 2, "-m", 8, *options, target)
+    """Return the addresses that answer traceroute, hop by hop.
+
+    One probe at a time: with sixteen in flight most would reach the target, whose kernel answers six at once and then
+    one a second (``icmp_ratelimit``).
+    """
+    output = source.run("traceroute", "-n", "-q", 1, "-N", 1, "-w", 2, "-m", 8, *options, target)
     return re.findall(r"^ *\d+ +([\d.*]+)", output, re.MULTILINE)
 
 
