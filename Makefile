@@ -1,5 +1,5 @@
 # make run     set up, and be a node with two pods (root)
-# make test    set up, and run every test
+# make test    set up (Debian packages too, as root), and run every test
 # make lint    ruff and mypy
 # make bench   every benchmark, beside its references
 
@@ -8,7 +8,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= examples/node.toml
 
-.PHONY: venv run test test-compiled test-interpreted test-bounds lint bench clean
+# The clients and peers of the traffic tests.
+TOOLS  := iproute2 iputils-ping arping traceroute tcpdump tshark iperf3 ethtool procps curl gcc libc6-dev
+
+.PHONY: venv tools run test test-compiled test-interpreted test-bounds lint bench clean
 
 venv: $(VENV)/.installed
 
@@ -18,13 +21,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+tools:
+	@dpkg -s $(TOOLS) >/dev/null 2>&1 || { apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TOOLS) >/dev/null; }
+
 run: venv
 	$(BIN)/dataplane run --config $(CONFIG)
 
 test: test-compiled test-interpreted test-bounds
 
 # All tests, with kernels as they ship.
-test-compiled: venv
+test-compiled: venv tools
 	$(BIN)/python -m pytest
 
 # Kernels as plain Python: every line counts for coverage. Traffic tests run the real program and ran above.
