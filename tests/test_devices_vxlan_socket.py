@@ -23,7 +23,7 @@ from dataplane.batch import ENCAPSULATED, GSO_UDP_L4, NEEDS_CSUM, Batch, make_ba
 from dataplane.codecs.partial import COMPLETE, UNFINISHED, partial_state
 from dataplane.devices.device import DeviceError, interface_ioctl
 from dataplane.devices.memory import Vnet, load
-from dataplane.devices.uplink import Uplink
+from dataplane.devices.uplink import RECEIVE_BUFFER, SEND_BUFFER, Uplink
 from dataplane.devices.vxlan_socket import VxlanSocket
 from tests.spaces import (
     UDP_SEGMENT,
@@ -147,6 +147,13 @@ def test_a_port_that_is_taken_is_named(tunnel, host):
             VxlanSocket("192.0.2.1")
 
     host.run(attempt)
+
+
+def test_the_sockets_have_room_for_bursts_of_super_frames(tunnel):
+    """Whatever net.core.wmem_max says (it is smaller on every default); Linux reports twice what was asked for."""
+    sizes = [sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for sender in tunnel._sockets]
+    assert min(sizes) == 2 * SEND_BUFFER
+    assert tunnel._receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * RECEIVE_BUFFER
 
 
 def test_the_tunnel_counts_what_it_loses(tunnel, lan):

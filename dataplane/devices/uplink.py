@@ -20,6 +20,8 @@ PACKET_STATISTICS = 6
 PACKET_VNET_HDR = 15
 PACKET_IGNORE_OUTGOING = 23  # Linux 4.20
 SO_RCVBUFFORCE = 33
+SO_SNDBUFFORCE = 32
+SEND_BUFFER = 8 << 20  # a burst of super-frames; the usual limit of 208 KiB is full with two
 RECEIVE_BUFFER = 8 << 20  # bytes; the kernel counts whole pages, so some 4000 small frames
 
 _CAPABILITY = "CAP_NET_RAW"
@@ -55,7 +57,7 @@ class Uplink(KernelDevice):
                 self._socket.setblocking(False)
                 self._socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
                 self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-                enlarge(self._socket, RECEIVE_BUFFER)
+                enlarge(self._socket, RECEIVE_BUFFER, SEND_BUFFER)
                 self._socket.bind((name, ETH_P_ALL))
         except BaseException:
             self._socket.close()
@@ -96,9 +98,13 @@ class Uplink(KernelDevice):
         self._socket.close()
 
 
-def enlarge(sock: socket.socket, size: int) -> None:
-    """Give ``sock`` a receive buffer of ``size`` bytes, or as much as the system allows us."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+def enlarge(sock: socket.socket, receive: int = 0, send: int = 0) -> None:
+    """Give ``sock`` buffers of so many bytes, or as much as the system allows us; 0 leaves one as it is."""
+    buffers = (SO_RCVBUFFORCE, socket.SO_RCVBUF, receive), (SO_SNDBUFFORCE, socket.SO_SNDBUF, send)
+    for force, ask, size in buffers:
+        if not size:
+            continue
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, force, size)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, ask, size)

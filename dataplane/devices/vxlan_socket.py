@@ -18,14 +18,12 @@ import struct
 from dataplane.devices.device import KernelDevice, translated
 from dataplane.devices.filter import NOTHING, attach
 from dataplane.devices.io import MAX_SOCKETS, IoBuffers
-from dataplane.devices.uplink import enlarge
+from dataplane.devices.uplink import RECEIVE_BUFFER, SEND_BUFFER, enlarge
 from dataplane.tables.interface import Driver
 
 PORT = 4789
 PORT_LOW, PORT_HIGH = 32768, 61000  # Linux's ip_local_port_range, [low, high)
 BUCKETS = 16
-RECEIVE_BUFFER = 8 << 20
-SEND_BUFFER = 2 << 20
 
 IP_MTU_DISCOVER = 10
 IP_PMTUDISC_DONT = 0
@@ -87,7 +85,7 @@ class VxlanSocket(KernelDevice):
         self._sockets.append(made)
         made.setblocking(False)
         made.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, not self._checksum)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        enlarge(made, send=SEND_BUFFER)
         made.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
         for port in range(low, high + 1):
             try:
