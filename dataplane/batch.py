@@ -129,6 +129,7 @@ INJECTED_TOTAL = 129  # packets made by the slow path, or given back by a stage 
 ERRORS_LIMITED = 130  # ICMP errors owed but not sent, because of the rate limit
 ERROR_TOKENS = 131  # ICMP errors that may be sent now
 ERROR_REFILLED = 132  # when that was last topped up, ns
+EMITTED = 133  # datagrams of this burst that lie in assembly slots
 COUNTER_COUNT = 160
 
 NODE_HI = 0  # the node's own address, source of the tunnel's outer packets
