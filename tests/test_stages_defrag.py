@@ -419,6 +419,13 @@ def test_tcp_fragments_keep_their_checksum(world):
     assert recomputed(frame) == frame
 
 
+def test_a_slot_is_free_again_when_its_datagram_has_left(world):
+    for number in range(b.ASSEMBLIES + 1):
+        outcomes = feed(world, fragments(udp(w.IP_B, size=40, id=number), 24))
+        assert outcomes[-1].reason == Reason.ACCEPTED, number
+    assert not np.any(world.tables.assembly[0]["phase"])
+
+
 def test_a_flipped_header_bit_is_no_fragment(world):
     frame = patched(pod_frame(PIECES[0]), 20, b"\x20\x01")
     assert world.stage(defrag, [frame], w.POD_A)[0].reason == Reason.IP_BAD_CSUM
