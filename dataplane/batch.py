@@ -82,7 +82,8 @@ l3, l4             offsets of the IP header and of the transport header (0: none
 src_*, dst_*       128-bit addresses, two 64-bit halves
 sport, dport       ports; for ICMP echo the id in both
 iif, oif           interface rows (``tables/interface.py``); 0 is none
-flow, route, vtep  rows of the tables; -1 is none
+flow               the flow's row * 2 + direction (``tables/flow.py``); -1 is none
+route, vtep        rows of the tables; -1 is none
 vnet_flags ...     the virtio header; ``csum_start`` counts from ``start``
 slot, size         the slot's first byte and its bytes: a frame never leaves [slot, slot + size)
 max_fragment       of a reassembled datagram: the largest fragment's IP length
@@ -123,6 +124,11 @@ ROUTES = 3  # tables.route.RouteTable.arrays
 NEIGHBOURS = 4  # tables.neighbour.NeighbourTable.arrays
 VTEPS = 5  # tables.vtep.VtepTable.arrays
 ASSEMBLY = 6  # stages.defrag: (contexts, bitmap)
+FLOWS = 7  # tables.flow.FlowTable.arrays
+SERVICES = 8  # tables.service.ServiceTable.arrays
+POLICIES = 9  # tables.policy.PolicyTable.arrays: what kube-proxy's rules add to a service
+TEMPLATES = 10  # tables.persistence.TemplateTable.arrays
+TIMEOUTS = 11  # (TIMEOUT_COUNT,) int64 ns, indexed by tables.flow.Timeout
 
 RECEIVED = 128  # counters: packets read from devices
 INJECTED_TOTAL = 129  # packets made by the slow path, or given back by a stage that had held them
@@ -143,4 +149,15 @@ TUNNEL_PORT_HIGH = 7
 TUNNEL_INTERFACE = 8  # interface row of the VXLAN socket
 POD_MTU = 9
 PROXY_ARP = 10  # whether pods get answers for more than the gateway
+HOST_INTERFACE = 11  # interface row of the host's own device (dp0); 0: none, the slow path answers for the node
+TUNNEL_LO = 12  # the tunnel's own address, low half: what is masqueraded into the tunnel; 0: none
+MASQUERADE_LOW = 13  # source ports for masquerading are taken from [low, high]; 0: by the kernel's port classes
+MASQUERADE_HIGH = 14
+MASQUERADE_ALL = 15  # kube-proxy's masqueradeAll
+NAT_OUTGOING = 16  # IPPool.spec.natOutgoing
+NAT_RANDOM = 17  # natOutgoing takes a random port at once (iptables --random-fully)
+TCP_LIBERAL = 18  # nf_conntrack_tcp_be_liberal: segments outside the window are counted, not dropped
+TCP_LOOSE = 19  # nf_conntrack_tcp_loose: connections are picked up in the middle
+UPLINK_OWN = 20  # the uplink is ours alone: the host's stack has no address on it
+ROUTE_GENERATION = 21  # changes with every edit of routes or addresses
 SETTING_COUNT = 32

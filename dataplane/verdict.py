@@ -101,6 +101,21 @@ class Reason(IntEnum):
         "slowpath",
         "nothing on the node listens there; ICMP port unreachable is owed",
     )
+    SVC_NO_ENDPOINTS = 72, Verdict.DROP, "service", "a service without a usable backend; ICMP port unreachable is owed"
+    SVC_NO_LOCAL_ENDPOINTS = 73, Verdict.DROP, "service", "traffic policy Local, and no backend on this node"
+    SVC_SOURCE_RANGE = 74, Verdict.DROP, "service", "the client is outside loadBalancerSourceRanges"
+    SVC_VIP_CLOSED_PORT = 75, Verdict.DROP, "service", "a service address, but no such port; port unreachable is owed"
+    LB_DEST_DELETED = 76, Verdict.DROP, "conntrack", "from a backend that was deleted; its connection is gone"
+    CT_INVALID_FLAGS = 77, Verdict.DROP, "conntrack", "TCP flags that no segment has, or a torn transport header"
+    CT_NOT_SYN = 78, Verdict.DROP, "conntrack", "of no known connection, and it cannot begin one"
+    CT_WINDOW = 79, Verdict.DROP, "conntrack", "a TCP segment outside the window (only with tcpBeLiberal = false)"
+    CT_BAD_RST = 80, Verdict.DROP, "conntrack", "a TCP RST that is not the peer's"
+    CT_TABLE_FULL = 81, Verdict.DROP, "conntrack", "no room for another flow, and none that may be given up"
+    CT_CLASH = 82, Verdict.DROP, "conntrack", "its reply could not be told from another flow's"
+    NAT_NO_PORT = 83, Verdict.DROP, "masquerade", "no source port is free for this destination"
+    NAT_MASQ_NO_ADDR = 84, Verdict.DROP, "masquerade", "no address to masquerade with"
+    ICMP_UNRELATED = 85, Verdict.DROP, "conntrack", "an ICMP error about a packet of no known flow"
+    ICMP_BAD_INNER = 86, Verdict.DROP, "conntrack", "an ICMP error that quotes no packet of its receiver's"
 
 
 REASONS = 128  # size of every array that is indexed by a reason

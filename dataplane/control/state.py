@@ -166,6 +166,103 @@ class StaticRoute:
     type: RouteType = "unicast"
 
 
+Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
+ServiceType: TypeAlias = Literal["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]
+TrafficPolicy: TypeAlias = Literal["Cluster", "Local"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """One port of a service. A ``target_port`` that is a name is looked up in each endpoint; None is ``port``."""
+
+    port: int
+    protocol: Protocol = "TCP"
+    name: str = ""
+    target_port: int | str | None = None
+    node_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A backend of a service, with the conditions of an EndpointSlice.
+
+    Attributes:
+        node: The node that it runs on; "" when unknown. This node's pods are recognised by their address.
+        ports: Numbers of named target ports, sorted pairs.
+        draining: Gets no new connections (weight 0) until it is deleted; asked for by ``endpoint drain``.
+    """
+
+    address: Address
+    weight: int = 1
+    node: str = ""
+    zone: str = ""
+    ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+    draining: bool = False
+    ports: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A Kubernetes service.
+
+    Attributes:
+        load_balancer_ips: ``status.loadBalancer.ingress``: the addresses that were handed out.
+        affinity_seconds: ``sessionAffinity: ClientIP`` with this timeout; 0 is None.
+        source_ranges: ``loadBalancerSourceRanges``.
+        scheduler: ipvsadm's name; "" is the node's default.
+        scheduler_flags: Of ``sh-port``, ``sh-fallback``, ``mh-port``, ``mh-fallback``, ``ops``.
+        drain_seconds: How long connections of a removed endpoint may go on; 0: until they end, as kube-proxy.
+        publish_not_ready: ``publishNotReadyAddresses``.
+    """
+
+    name: str
+    namespace: str = "default"
+    type: ServiceType = "ClusterIP"
+    cluster_ips: tuple[Address, ...] = ()
+    external_ips: tuple[Address, ...] = ()
+    load_balancer_ips: tuple[Address, ...] = ()
+    ports: tuple[ServicePort, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    affinity_seconds: float = 0
+    external_policy: TrafficPolicy = "Cluster"
+    internal_policy: TrafficPolicy = "Cluster"
+    source_ranges: tuple[Network, ...] = ()
+    health_check_node_port: int = 0
+    scheduler: str = ""
+    scheduler_flags: frozenset[str] = frozenset()
+    drain_seconds: float = 0
+    publish_not_ready: bool = False
+
+    @property
+    def id(self) -> str:
+        """``namespace/name``."""
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Balancing:
+    """What all services share: kube-proxy's settings (``KubeProxyConfiguration``).
+
+    Attributes:
+        cluster_cidrs: The pods' addresses of the whole cluster: traffic from elsewhere to a cluster IP is masqueraded.
+        service_cidrs: Where cluster IPs are taken from; an address in it without a service is a blackhole.
+        node_port_addresses: Restricts node ports to the node's addresses in these prefixes; empty: all of them.
+        timeouts: Seconds by kube-proxy's names: ``tcpEstablishedTimeout``, ``ipvs.tcpTimeout``, sorted pairs.
+    """
+
+    cluster_cidrs: tuple[Network, ...] = ()
+    service_cidrs: tuple[Network, ...] = ()
+    node_port_range: tuple[int, int] = (30000, 32767)
+    node_port_addresses: tuple[Network, ...] = ()
+    masquerade_all: bool = False
+    scheduler: str = "rr"
+    timeouts: tuple[tuple[str, float], ...] = ()
+    conntrack_max: int = 262144
+    tcp_be_liberal: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class DesiredState:
     """All that the data plane should be.
@@ -184,6 +281,8 @@ class DesiredState:
     peers: tuple[Peer, ...] = ()
     routes: tuple[StaticRoute, ...] = ()
     on_link: tuple[Network, ...] = ()
+    balancing: Balancing = Balancing()
+    services: tuple[Service, ...] = ()
 
     @property
     def tunnels(self) -> bool:
