@@ -16,6 +16,7 @@ class Role(IntEnum):
     POD = 1  # one pod; its address and MAC are known, everything else is spoofed
     UPLINK = 2  # the LAN of the nodes, shared with the host's own stack
     UNDERLAY = 3  # VXLAN datagrams only; frames come and go with their outer headers
+    HOST = 4  # the node's own processes, behind a TAP in the node's namespace
 
 
 class Driver(IntEnum):

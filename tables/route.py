@@ -28,7 +28,10 @@ class Kind(IntEnum):
     TUNNEL = 4  # to the node of row ``vtep``; -1: that node's VTEP is not known
     BLACKHOLE = 5  # dropped silently
     UNREACHABLE = 6  # dropped, and ICMP host unreachable is owed
+    SERVICE = 7  # a service's address: answered, never forwarded
 
+
+ANNOUNCED = 1  # flag: this node answers for the address on the LAN
 
 ROUTE = np.dtype(
     {
