@@ -80,7 +80,7 @@ PACKET = np.dtype(
 start, length      the frame: offset of its first byte in the arena, and bytes (Ethernet header included)
 l3, l4             offsets of the IP header and of the transport header (0: none)
 src_*, dst_*       128-bit addresses, two 64-bit halves
-sport, dport       ports; for ICMP echo the id in both
+sport, dport       ports; of an ICMP query the id, and the request's type << 8 where a server's port would be
 iif, oif           interface rows (``tables/interface.py``); 0 is none
 flow               the flow's row * 2 + direction (``tables/flow.py``); -1 is none
 route, vtep        rows of the tables; -1 is none

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP, IPOption_RR
 from scapy.layers.inet6 import (
-    ICMPv6EchoRequest,
+    ICMPv6EchoReply, ICMPv6EchoRequest,
     IPv6,
     IPv6ExtHdrDestOpt,
     IPv6ExtHdrFragment,
@@ -107,7 +107,10 @@ def test_options_move_the_transport_header(world):
 PORTS = [
     ("udp", udp(w.IP_B, sport=4000, dport=53), (4000, 53, 0)),
     ("tcp", tcp(w.IP_B, flags="SA"), (4000, 80, 0x12)),
-    ("an echo request has its id in both", ping(w.IP_B), (7, 7, 0)),
+    ("an echo request goes from its id to its type", ping(w.IP_B), (7, 8 << 8, 0)),
+    ("an echo reply is its request, inverted", IP(src=w.IP_A, dst=w.IP_B) / ICMP(type=0, id=7), (8 << 8, 7, 0)),
+    ("a timestamp", IP(src=w.IP_A, dst=w.IP_B) / ICMP(type=13, id=7), (7, 13 << 8, 0)),
+    ("its reply", IP(src=w.IP_A, dst=w.IP_B) / ICMP(type=14, id=7), (13 << 8, 7, 0)),
     ("an icmp error has none", IP(src=w.IP_A, dst=w.IP_B) / ICMP(type=3, code=1) / Raw(b"x" * 28), (0, 0, 0)),
     ("another protocol has none", IP(src=w.IP_A, dst=w.IP_B, proto=47) / Raw(b"\xff" * 8), (0, 0, 0)),
     ("udp cut off in its header", IP(src=w.IP_A, dst=w.IP_B, proto=17) / Raw(b"\xff" * 7), (0, 0, 0)),
@@ -148,9 +151,11 @@ def test_what_an_ipv6_packet_says(world):
     assert record["flags"] == b.IPV6 | b.DONT_FRAGMENT
 
 
-def test_an_ipv6_echo_has_its_id_as_ports(world):
+def test_an_ipv6_echo_reply_is_its_request_inverted(world):
     record = parsed(world, v6(ICMPv6EchoRequest(id=99))).record
-    assert (record["sport"], record["dport"]) == (99, 99)
+    assert (record["sport"], record["dport"]) == (99, 128 << 8)
+    record = parsed(world, v6(ICMPv6EchoReply(id=99))).record
+    assert (record["sport"], record["dport"]) == (128 << 8, 99)
 
 
 def test_a_later_ipv6_fragment_has_no_ports(world):

@@ -50,9 +50,20 @@ static inline void parse_transport(const u8 *data, struct packet *p, i64 end)
         if (protocol == 6 && l4 + 14 <= end)
             p->tcp_flags = data[l4 + 13];
     } else if ((protocol == 1 || protocol == 58) && l4 + 8 <= end) {
-        int echo = data[l4];
-        if (echo == 0 || echo == 8 || echo == 128 || echo == 129)
-            p->sport = p->dport = load16(data + l4 + 4);
+        int kind = data[l4], request = kind;
+        if (p->protocol == 1) {
+            if (kind == 0 || kind == 14 || kind == 16 || kind == 18)
+                request = kind ? kind - 1 : 8;
+            else if (kind != 8 && kind != 13 && kind != 15 && kind != 17)
+                return;
+        } else if (kind == 129) {
+            request = 128;
+        } else if (kind != 128) {
+            return;
+        }
+        u16 name = load16(data + l4 + 4);
+        p->sport = kind == request ? name : request << 8;
+        p->dport = kind == request ? request << 8 : name;
     }
 }
 

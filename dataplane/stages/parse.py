@@ -169,7 +169,25 @@ def parse_transport(data: Any, packet: Any, end: int) -> None:
         if protocol == _TCP and l4 + 14 <= end:
             packet["tcp_flags"] = load8(data, l4 + 13)
     elif protocol in (_ICMP, _ICMPV6) and l4 + 8 <= end:
-        echo = load8(data, l4)
-        if echo in (0, 8, 128, 129):
-            packet["sport"] = load16(data, l4 + 4)
-            packet["dport"] = load16(data, l4 + 4)
+        _parse_query(packet, load8(data, l4), load16(data, l4 + 4))
+
+
+@kernel
+def _parse_query(packet: Any, kind: int, name: int) -> None:
+    """Give an ICMP query ports, so that a reply's tuple is its request's, inverted (RFC 792; RFC 4443 4).
+
+    A request goes from "port" identifier to "port" request type << 8. With the identifier in both, the pings of two
+    hosts that ping each other with the same one would be one flow; the kernel keeps type and code in its tuple as well.
+    """
+    request = kind
+    if int(packet["protocol"]) == _ICMP:
+        if kind in (0, 14, 16, 18):
+            request = 8 if kind == 0 else kind - 1
+        elif kind not in (8, 13, 15, 17):
+            return
+    elif kind == 129:
+        request = 128
+    elif kind != 128:
+        return
+    packet["sport"] = name if kind == request else request << 8
+    packet["dport"] = request << 8 if kind == request else name
