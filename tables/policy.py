@@ -50,18 +50,21 @@ POLICY = np.dtype(
 
 RANGE = np.dtype(
     {
-        "names": ["first_hi", "first_lo", "last_hi", "last_lo", "pool"],
-        "formats": ["u8", "u8", "u8", "u8", "u1"],
-        "offsets": [0, 8, 16, 24, 32],
+        "names": ["first_hi", "first_lo", "last_hi", "last_lo", "pool", "version"],
+        "formats": ["u8", "u8", "u8", "u8", "u1", "u1"],
+        "offsets": [0, 8, 16, 24, 32, 33],
         "itemsize": 64,
     }
 )
-"""A prefix as its first and last address."""
+"""A prefix as its first and last address; ::/0 holds no IPv4 address, though it would hold a mapped one."""
 
 
 @kernel
 def _holds(prefix: Any, hi: Word, lo: Word) -> bool:
     high, low = np.uint64(hi), np.uint64(lo)
+    mapped = high == 0 and low >> np.uint64(32) == 0xFFFF
+    if mapped != (int(prefix["version"]) == 4):
+        return False
     if high < prefix["first_hi"] or high > prefix["last_hi"]:
         return False
     if high == prefix["first_hi"] and low < prefix["first_lo"]:
@@ -84,10 +87,10 @@ def is_allowed(arrays: Any, row: int, hi: Word, lo: Word) -> bool:
     if int(policy["flags"]) & RESTRICTED == 0:
         return True
     first = int(policy["first"])
+    found = False
     for k in range(first, first + int(policy["count"])):
-        if _holds(ranges[k], hi, lo):
-            return True
-    return False
+        found = found or _holds(ranges[k], hi, lo)
+    return found
 
 
 @kernel
@@ -184,5 +187,5 @@ class PolicyTable:
         self._ranges = fresh
 
 
-def _record(prefix: Network, pool: Pool = Pool.END) -> tuple[int, int, int, int, int]:
-    return (*halves(prefix.network_address), *halves(prefix.broadcast_address), int(pool))
+def _record(prefix: Network, pool: Pool = Pool.END) -> tuple[int, ...]:
+    return (*halves(prefix.network_address), *halves(prefix.broadcast_address), int(pool), prefix.version)
