@@ -52,12 +52,14 @@ class Node:
         zone: ``topology.kubernetes.io/zone``; empty when unknown.
         addresses: Its own addresses (InternalIPs) on the uplink.
         netns: The namespace of the uplink: "" for the one the process runs in, else a name or a path.
+        host_interface: The TAP by which the host's own processes reach pods and services; "" is none.
     """
 
     name: str
     zone: str = ""
     addresses: tuple[Address, ...] = ()
     netns: str = ""
+    host_interface: str = ""
 
     @property
     def vtep_mac(self) -> int:
@@ -105,6 +107,9 @@ class PodNetwork:
         interface_prefix: Of the host-side names.
         proxy_arp: Whether addresses other than the gateway's are answered too.
         offload: What the TAPs may hand over unfinished: of csum, tso4, tso6, uso.
+        nat_outgoing: Pods have the node's address when they talk to what is outside the cluster.
+        nat_ports: The source ports for that, first and last; None: as the kernel chooses.
+        nat_random_fully: A random source port at once, not only when the pod's own one is taken.
     """
 
     cidrs: tuple[Network, ...] = ()
@@ -114,15 +119,23 @@ class PodNetwork:
     interface_prefix: str = "cali"
     proxy_arp: bool = True
     offload: frozenset[str] = frozenset({"csum", "tso4", "tso6", "uso"})
+    nat_outgoing: bool = False
+    nat_ports: tuple[int, int] | None = None
+    nat_random_fully: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Uplink:
-    """The host's NIC. ``udp`` mode has the VXLAN socket only and needs no privilege for the uplink."""
+    """The host's NIC. ``udp`` mode has the VXLAN socket only and needs no privilege for the uplink.
+
+    Attributes:
+        shared: The host's own stack has the node's address on it; else the interface is ours alone.
+    """
 
     interface: str
     mode: UplinkMode = "af_packet"
     mtu: int = 1500
+    shared: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +202,8 @@ class Endpoint:
     Attributes:
         node: The node that it runs on; "" when unknown. This node's pods are recognised by their address.
         ports: Numbers of named target ports, sorted pairs.
+        ready: Passes its readiness probe; a terminating one counts as not ready whatever this says.
+        serving: Passes it, terminating or not.
         draining: Gets no new connections (weight 0) until it is deleted; asked for by ``endpoint drain``.
     """
 
@@ -208,13 +223,15 @@ class Service:
     """A Kubernetes service.
 
     Attributes:
+        cluster_ips: None for a headless service and for an ``ExternalName``: those have no virtual servers.
         load_balancer_ips: ``status.loadBalancer.ingress``: the addresses that were handed out.
         affinity_seconds: ``sessionAffinity: ClientIP`` with this timeout; 0 is None.
         source_ranges: ``loadBalancerSourceRanges``.
         scheduler: ipvsadm's name; "" is the node's default.
         scheduler_flags: Of ``sh-port``, ``sh-fallback``, ``mh-port``, ``mh-fallback``, ``ops``.
         drain_seconds: How long connections of a removed endpoint may go on; 0: until they end, as kube-proxy.
-        publish_not_ready: ``publishNotReadyAddresses``.
+        publish_not_ready: ``publishNotReadyAddresses``: all endpoints count as ready.
+        external_name: The DNS name that an ``ExternalName`` stands for.
     """
 
     name: str
@@ -234,6 +251,7 @@ class Service:
     scheduler_flags: frozenset[str] = frozenset()
     drain_seconds: float = 0
     publish_not_ready: bool = False
+    external_name: str = ""
 
     @property
     def id(self) -> str:
@@ -249,7 +267,10 @@ class Balancing:
         cluster_cidrs: The pods' addresses of the whole cluster: traffic from elsewhere to a cluster IP is masqueraded.
         service_cidrs: Where cluster IPs are taken from; an address in it without a service is a blackhole.
         node_port_addresses: Restricts node ports to the node's addresses in these prefixes; empty: all of them.
-        timeouts: Seconds by kube-proxy's names: ``tcpEstablishedTimeout``, ``ipvs.tcpTimeout``, sorted pairs.
+        timeouts: Seconds by kube-proxy's names: ``tcpEstablishedTimeout``, ``ipvs.tcpTimeout``, sorted pairs. What is
+            not named, or 0, has the kernel's own value.
+        conntrack_max: Flows that the table can hold.
+        tcp_be_liberal: TCP segments outside the window are counted, not dropped.
     """
 
     cluster_cidrs: tuple[Network, ...] = ()
