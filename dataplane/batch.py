@@ -40,6 +40,7 @@ TUNNELED = 0x0010  # came out of a VXLAN tunnel
 ENCAPSULATED = 0x0020  # ``start`` points to the outer Ethernet header
 OWES_ERROR = 0x0040  # the slow path sends an ICMP error for this dropped packet
 DONT_FRAGMENT = 0x0080
+RELATED = 0x0100  # an ICMP error about the flow
 
 # virtio_net_hdr.flags and .gso_type (virtio 1.2, 5.1.6)
 NEEDS_CSUM = 1
