@@ -15,7 +15,7 @@ import dpkt
 
 from dataplane.devices.memory import Vnet
 from dataplane.tables.address import Address
-from dataplane.tables.neighbour import NeighbourTable, State
+from dataplane.tables.neighbour import LOCK_NS, NeighbourTable, State
 from dataplane.tables.result import TableFullError
 from dataplane.verdict import Reason
 
@@ -25,7 +25,6 @@ DELAY_NS = 5 * SECOND  # delay_first_probe_time: a stale address serves this lon
 RETRANS_NS = SECOND  # retrans_time
 PROBES = 3  # ucast_solicit, and mcast_solicit
 STALE_NS = 60 * SECOND  # gc_stale_time
-LOCK_NS = SECOND  # locktime: of two different answers the first holds for this long
 EARLY_NS = SECOND // 10  # a tick may come early: the event loop's timers count milliseconds, by a clock of their own
 QUEUE_BYTES = 212_992  # unres_qlen_bytes
 PACKET_COST = 512  # what it costs to keep a packet besides its bytes; the kernel counts memory (truesize), too

@@ -29,6 +29,8 @@ class State(IntEnum):
     PERMANENT = 7
 
 
+LOCK_NS = 1_000_000_000  # locktime: of two different answers the first holds for this long
+
 NEIGHBOUR = np.dtype(
     {
         "names": ["interface", "state", "probes", "mac", "hi", "lo", "confirmed_ns", "used_ns", "updated_ns"],

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scapy.layers.l2 import ARP, Ether
 
 from dataplane.devices.memory import Vnet
-from dataplane.resolve import GC_START, LOCK_NS, PACKET_COST, PROBES, QUEUE_BYTES, SECOND, Outgoing, Resolver
+from dataplane.resolve import GC_START, PACKET_COST, PROBES, QUEUE_BYTES, SECOND, Outgoing, Resolver
 from dataplane.tables.address import parse_mac
-from dataplane.tables.neighbour import NeighbourTable, State
+from dataplane.tables.neighbour import LOCK_NS, NeighbourTable, State
 from dataplane.verdict import Reason
 from tests import world as w
 from tests.frames import BROADCAST, arp_request

@@ -11,7 +11,10 @@ from scapy.packet import Raw
 
 from dataplane import batch as b
 from dataplane.stages.arp import arp
-from dataplane.tables.route import Kind, Route
+from dataplane.tables.address import parse_mac
+from dataplane.tables.interface import OFFLOAD, UP, Role
+from dataplane.tables.neighbour import LOCK_NS, State
+from dataplane.tables.route import ANNOUNCED, Kind, Route
 from dataplane.verdict import Reason, Verdict
 from tests import world as w
 from tests.frames import BROADCAST, arp_request, inner_frame, patched, pod_frame, tunnel, udp
@@ -191,7 +194,53 @@ def test_an_arp_packet_that_is_cut_off(length):
     assert MODULE.stage(arp, [bytes(arp_request(GATEWAY))[:length]], w.POD_A)[0].reason == Reason.ARP_MALFORMED
 
 
-# --- the uplink: the host answers, we only learn ---------------------------------------------------------------------
+# --- the host's device: as a pod's link, but the addresses behind it are the node's ----------------------------------
+
+HOST, HOST_MAC = 5, "02:00:00:00:00:05"
+CLUSTER_IP = "10.96.0.10"
+
+
+@pytest.fixture
+def host():
+    made = World()
+    made.interface(HOST, Role.HOST, UP | OFFLOAD, w.POD_MTU, w.GATEWAY_MAC, HOST_MAC)
+    made.route(f"{CLUSTER_IP}/32", Route(Kind.SERVICE))
+    made.route(f"{GATEWAY}/32", Route(Kind.LOCAL))
+    return made
+
+
+FROM_THE_HOST = [
+    ("the gateway", GATEWAY, w.NODE, Reason.ARP_ANSWERED),
+    ("a pod", w.IP_A, w.NODE, Reason.ARP_ANSWERED),
+    ("a pod of another node", w.IP_REMOTE, w.NODE, Reason.ARP_ANSWERED),
+    ("a service", CLUSTER_IP, w.NODE, Reason.ARP_ANSWERED),
+    ("a free address of the node's block", w.IP_FREE, w.NODE, Reason.ARP_NOT_OWNER),
+    ("its own address", w.NODE, w.NODE, Reason.ARP_OWN_IP),
+    ("its own address, as a probe", w.NODE, NOBODY, Reason.ARP_OWN_IP),
+    ("the gateway, as a probe", GATEWAY, NOBODY, Reason.ARP_PROBE),
+    ("a pod, as a probe", w.IP_A, NOBODY, Reason.ARP_PROBE),
+    ("the gateway in the name of a pod", GATEWAY, w.IP_A, Reason.IP_SPOOFED_SRC),
+    ("the gateway in its own name", GATEWAY, GATEWAY, Reason.IP_SPOOFED_SRC),
+]
+
+
+@pytest.mark.parametrize(
+    ("tip", "sender", "reason"), [row[1:] for row in FROM_THE_HOST], ids=[row[0] for row in FROM_THE_HOST]
+)
+def test_the_host_asks_for(host, tip, sender, reason):
+    outcome = asked(host, tip, HOST, sender=sender, mac=HOST_MAC)
+    assert outcome.reason == reason
+    if reason == Reason.ARP_ANSWERED:
+        answer = Ether(outcome.frame)[ARP]
+        assert (answer.psrc, answer.hwsrc, answer.pdst, answer.hwdst) == (tip, w.GATEWAY_MAC, sender, HOST_MAC)
+
+
+@pytest.mark.parametrize("sender", [w.IP_A, NOBODY])
+def test_a_service_is_answered_to_a_pod_like_the_node_itself(host, sender):
+    assert asked(host, CLUSTER_IP, sender=sender).frame == reply(CLUSTER_IP, tpa=sender)
+
+
+# --- the uplink: what is announced is answered, else we only learn ----------------------------------------------------
 
 LAN = {"sender": w.LAN_GATEWAY, "mac": w.LAN_MAC}
 REPLY = Ether(src=w.LAN_MAC, dst=w.UPLINK_MAC) / ARP(op=2, hwsrc=w.LAN_MAC, psrc=w.LAN_GATEWAY, pdst=w.NODE)
@@ -243,6 +292,74 @@ def test_arp_from_a_tunnel_teaches_nothing(world):
 def test_other_packets_are_not_looked_at(world):
     outcome = world.stage(arp, [pod_frame(udp(w.IP_B))], w.POD_A)[0]
     assert (outcome.verdict, outcome.reason) == (Verdict.ACCEPT, Reason.ACCEPTED)
+
+
+BALANCER = "192.0.2.200"
+
+
+@pytest.fixture
+def owner():
+    """A node that owns a load balancer's address, beside one that it does not own."""
+    made = World()
+    made.route(f"{BALANCER}/32", Route(Kind.SERVICE, flags=ANNOUNCED))
+    made.route("192.0.2.201/32", Route(Kind.SERVICE))
+    return made
+
+
+def lan_reply(tip, tpa=w.LAN_GATEWAY):
+    answer = ARP(op=2, hwsrc=w.UPLINK_MAC, psrc=tip, hwdst=w.LAN_MAC, pdst=tpa)
+    return bytes(Ether(src=w.UPLINK_MAC, dst=w.LAN_MAC) / answer)
+
+
+@pytest.mark.parametrize("to", [BROADCAST, w.UPLINK_MAC])
+@pytest.mark.parametrize("sender", [w.LAN_GATEWAY, NOBODY, "198.51.100.9"])
+def test_an_announced_address_is_answered_with_the_uplinks_mac(owner, sender, to):
+    outcome = asked(owner, BALANCER, w.UPLINK, sender=sender, mac=w.LAN_MAC, to=to)
+    assert (outcome.verdict, outcome.reason, outcome.oif) == (Verdict.STOLEN, Reason.ARP_ANSWERED, w.UPLINK)
+    assert outcome.frame == lan_reply(BALANCER, sender)
+
+
+SILENT = [
+    ("an address that another node announces", arp_request("192.0.2.201", **LAN)),
+    ("a gratuitous request of another owner", arp_request(BALANCER, sender=BALANCER, mac=w.LAN_MAC)),
+    ("a request to a group", arp_request(BALANCER, to="01:00:5e:00:00:01", **LAN)),
+    ("a reply", Ether(src=w.LAN_MAC, dst=BROADCAST) / ARP(op=2, hwsrc=w.LAN_MAC, psrc=w.LAN_GATEWAY, pdst=BALANCER)),
+]
+
+
+@pytest.mark.parametrize("frame", [row[1] for row in SILENT], ids=[row[0] for row in SILENT])
+def test_on_the_uplink_there_is_no_answer_to(owner, frame):
+    assert owner.stage(arp, [frame], w.UPLINK)[0].reason == Reason.ARP_NOT_OWNER
+
+
+def test_an_address_that_was_given_up_is_not_answered_any_more(owner):
+    owner.route(f"{BALANCER}/32", Route(Kind.SERVICE))
+    assert asked(owner, BALANCER, w.UPLINK, **LAN).reason == Reason.ARP_NOT_OWNER
+
+
+def test_on_an_interface_of_our_own_the_nodes_address_is_answered_and_defended(world):
+    world.route(f"{w.NODE}/32", Route(Kind.LOCAL, flags=ANNOUNCED))
+    assert asked(world, w.NODE, w.UPLINK, **LAN).frame == lan_reply(w.NODE)
+    assert asked(world, w.NODE, w.UPLINK, sender=NOBODY, mac=w.LAN_MAC).frame == lan_reply(w.NODE, NOBODY)
+    assert asked(world, GATEWAY, w.UPLINK, **LAN).reason == Reason.ARP_NOT_OWNER
+
+
+KNOWN = [
+    ("a reachable neighbor", State.REACHABLE, LOCK_NS, (OTHER_MAC, State.STALE)),
+    ("a neighbor that is being probed", State.PROBE, LOCK_NS, (OTHER_MAC, State.STALE)),
+    ("a neighbor that has changed just now", State.REACHABLE, LOCK_NS - 1, (w.LAN_MAC, State.REACHABLE)),
+    ("a neighbor without a MAC", State.INCOMPLETE, LOCK_NS, (w.LAN_MAC, State.INCOMPLETE)),
+    ("a permanent one", State.PERMANENT, LOCK_NS, (w.LAN_MAC, State.PERMANENT)),
+]
+
+
+@pytest.mark.parametrize(("state", "age", "expected"), [row[1:] for row in KNOWN], ids=[row[0] for row in KNOWN])
+def test_an_answered_request_with_another_mac_updates(owner, state, age, expected):
+    row = owner.neighbour(w.UPLINK, w.LAN_GATEWAY, w.LAN_MAC, state)
+    owner.tables.neighbours.records["updated_ns"][row] = owner.now - age
+    assert asked(owner, BALANCER, w.UPLINK, sender=w.LAN_GATEWAY, mac=OTHER_MAC).reason == Reason.ARP_ANSWERED
+    entry = owner.tables.neighbours.records[row]
+    assert (int(entry["mac"]), State(int(entry["state"]))) == (parse_mac(expected[0]), expected[1])
 
 
 MODULE = World()

@@ -6,8 +6,10 @@ is the MAC of our end of its link. Decisions follow the kernel's ``arp_process``
 
 The reply is made in place from the request and leaves by the interface it came from: one pass, no delay, no slow path.
 
-On the uplink the host's own stack owns the node's addresses and answers for them; we answer nothing there and only
-learn.
+On the uplink only what is announced is answered (the route's ``ANNOUNCED``): a load balancer's addresses while this
+node is their owner, and the node's own addresses if the interface is ours alone; on a shared one the host's stack
+answers for those. That is stricter than the kernel's ``arp_ignore=1``: no other address of the node, no pod, ever.
+Whoever asks is learned from in place if it is a neighbor already; a new one is asked when there is something to send.
 
 Steals: arp.answered. Queues: arp.learn. Drops: arp.malformed, arp.not-owner, arp.own-ip, arp.probe, l2.spoofed-src,
 ip.spoofed-src.
@@ -23,7 +25,8 @@ from dataplane.codecs import ethernet
 from dataplane.jit import kernel
 from dataplane.tables import neighbour, route
 from dataplane.tables.interface import Role
-from dataplane.tables.route import Kind
+from dataplane.tables.neighbour import LOCK_NS, State
+from dataplane.tables.route import ANNOUNCED, Kind
 from dataplane.verdict import Reason, Verdict
 
 _REQUEST = 1
@@ -42,6 +45,7 @@ def arp(batch: Any, count: int, tables: Any, now: int) -> None:
         why = _decide(data, packet, tables)
         packet["reason"] = why
         if why == Reason.ARP_ANSWERED:
+            _note(data, packet, tables, now)
             _answer(data, packet, tables)
             packet["verdict"] = Verdict.STOLEN
         elif why == Reason.ARP_LEARN:
@@ -66,57 +70,93 @@ def _decide(data: Any, packet: Any, tables: Any) -> int:
     # Nothing is learned from a tunnel: VTEPs are configured (Calico's ``nolearning``).
     if int(packet["flags"]) & TUNNELED:
         return Reason.ARP_NOT_OWNER
-    if interfaces[iif]["role"] == Role.POD:
-        return _from_pod(data, packet, tables)
-    return _from_lan(data, at, iif, tables)
+    role = int(interfaces[iif]["role"])
+    if role == Role.POD or role == Role.HOST:
+        return _from_link(data, packet, tables)
+    return _from_lan(data, packet, tables)
 
 
 @kernel
-def _from_pod(data: Any, packet: Any, tables: Any) -> int:
-    """Return what becomes of an ARP packet from a pod: its addresses are known, everything else is a lie."""
+def _from_link(data: Any, packet: Any, tables: Any) -> int:
+    """Return what becomes of an ARP packet from a pod or the host: their addresses are known, other ones are a lie."""
     at, iif = int(packet["l3"]), int(packet["iif"])
     own = np.int64(tables[INTERFACE_TABLE][iif]["peer_mac"])
     if wire.sender_mac(data, at) != own or ethernet.source(data, packet["start"]) != own:
         return Reason.L2_SPOOFED_SRC
-    routes = tables[ROUTES]
-    table = routes[-1]
     sender, target = wire.sender_ip(data, at), wire.target_ip(data, at)
-    if sender != 0:
-        back = route.lookup(routes, 0, V4_PREFIX | sender)
-        if back < 0 or table["kind"][back] != Kind.POD or table["oif"][back] != iif:
-            return Reason.IP_SPOOFED_SRC
+    if sender != 0 and not _is_its_own(sender, iif, tables):
+        return Reason.IP_SPOOFED_SRC
     if wire.operation(data, at) != _REQUEST:
         return Reason.ARP_NOT_OWNER
-    gateway = V4_PREFIX | target == np.int64(tables[SETTINGS][GATEWAY_LO])
-    found = route.lookup(routes, 0, V4_PREFIX | target)
-    kind = 0 if found < 0 else int(table["kind"][found])
-    if kind == Kind.POD and table["oif"][found] == iif:
+    if V4_PREFIX | target == np.int64(tables[SETTINGS][GATEWAY_LO]):
+        return Reason.ARP_ANSWERED if sender else Reason.ARP_PROBE
+    if _is_its_own(target, iif, tables):
         return Reason.ARP_OWN_IP
-    if sender == 0 and (gateway or kind != Kind.LOCAL):
+    routes = tables[ROUTES]
+    found = route.lookup(routes, 0, V4_PREFIX | target)
+    kind = 0 if found < 0 else int(routes[-1]["kind"][found])
+    here = kind in (Kind.LOCAL, Kind.SERVICE)
+    if sender == 0 and not here:
         return Reason.ARP_PROBE
     proxied = tables[SETTINGS][PROXY_ARP] != 0 and kind in (Kind.POD, Kind.VIA, Kind.TUNNEL)
-    if gateway or proxied or kind == Kind.LOCAL:
-        return Reason.ARP_ANSWERED
-    return Reason.ARP_NOT_OWNER
+    return Reason.ARP_ANSWERED if here or proxied else Reason.ARP_NOT_OWNER
 
 
 @kernel
-def _from_lan(data: Any, at: int, iif: int, tables: Any) -> int:
-    """Return what becomes of an ARP packet from the uplink: worth learning from, or none of our business.
+def _is_its_own(address: int, iif: int, tables: Any) -> bool:
+    """Tell whether an address lives behind this link: a pod's, or the node's behind the host's device."""
+    routes = tables[ROUTES]
+    found = route.lookup(routes, 0, V4_PREFIX | address)
+    if found < 0:
+        return False
+    if tables[INTERFACE_TABLE][iif]["role"] == Role.HOST:
+        gateway = V4_PREFIX | address == np.int64(tables[SETTINGS][GATEWAY_LO])
+        return bool(routes[-1]["kind"][found] == Kind.LOCAL and not gateway)
+    return bool(routes[-1]["kind"][found] == Kind.POD and routes[-1]["oif"][found] == iif)
+
+
+@kernel
+def _from_lan(data: Any, packet: Any, tables: Any) -> int:
+    """Return what becomes of an ARP packet from the uplink: answered, worth learning from, or none of our business.
 
     As with ``arp_accept=0``: a reply, or a gratuitous request, updates an entry that exists; only a request for an
     address of the node makes a new one. That also bounds what a chatty LAN can send to the slow path.
     """
-    sender = wire.sender_ip(data, at)
+    at, iif = int(packet["l3"]), int(packet["iif"])
+    sender, target = wire.sender_ip(data, at), wire.target_ip(data, at)
+    routes = tables[ROUTES]
+    request = wire.operation(data, at) == _REQUEST
+    found = route.lookup(routes, 0, V4_PREFIX | target) if request else -1
+    # A sender that has our address is in conflict with us: answering it would not make that better.
+    if found >= 0 and routes[-1]["flags"][found] & ANNOUNCED and sender != target:
+        to = ethernet.destination(data, packet["start"])
+        if to == ethernet.BROADCAST or to == np.int64(tables[INTERFACE_TABLE][iif]["mac"]):
+            return Reason.ARP_ANSWERED
     if sender == 0:
         return Reason.ARP_NOT_OWNER
     if neighbour.find(tables[NEIGHBOURS], iif, 0, V4_PREFIX | sender) >= 0:
         return Reason.ARP_LEARN
-    routes = tables[ROUTES]
-    found = route.lookup(routes, 0, V4_PREFIX | wire.target_ip(data, at))
-    if wire.operation(data, at) == _REQUEST and found >= 0 and routes[-1]["kind"][found] == Kind.LOCAL:
+    if found >= 0 and routes[-1]["kind"][found] == Kind.LOCAL:
         return Reason.ARP_LEARN
     return Reason.ARP_NOT_OWNER
+
+
+@kernel
+def _note(data: Any, packet: Any, tables: Any, now: int) -> None:
+    """Take over another MAC of a known neighbor that asks: the answer leaves from here, past the slow path.
+
+    As ``Resolver.learn`` does it: an entry that changed within ``LOCK_NS`` stays, and a new MAC is only ``STALE``.
+    """
+    at = int(packet["l3"])
+    row = neighbour.find(tables[NEIGHBOURS], int(packet["iif"]), 0, V4_PREFIX | wire.sender_ip(data, at))
+    if row < 0:
+        return
+    entry = tables[NEIGHBOURS][-1][row]
+    if entry["state"] < State.REACHABLE or entry["state"] > State.PROBE:
+        return
+    mac = wire.sender_mac(data, at)
+    if np.int64(entry["mac"]) != mac and now - int(entry["updated_ns"]) >= LOCK_NS:
+        entry["mac"], entry["state"], entry["probes"], entry["updated_ns"] = mac, State.STALE, 0, now
 
 
 @kernel
