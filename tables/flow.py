@@ -4,124 +4,433 @@ One flow is one record of 256 bytes: two *halves* of 128, one per direction, eac
 tuple as packets carry it when they come in. What a packet of one direction becomes is the other half's tuple,
 inverted, so the stored rewrite needs no room of its own. ``tuples`` and ``flows`` are two views of the same memory:
 ``tuples[2 * row + direction]`` is a half, ``flows[row]`` is what both directions share.
+
+The index is open addressing with linear probing. A slot is one word: a *tag*, the low 32 bits of the keyed hash, whose
+low bits are the home slot, and an *entry*, which half it leads to. A lookup compares tags and touches one record, the
+right one but for one time in hundreds of millions. A delete shifts the entries behind it back, so there are no
+tombstones; the homes it needs for that are in the tags. At most 3/8 of the slots are in use (two entries per flow, and
+one more for a source whose mapping may be used again), so an entry farther than ``MAX_PROBE`` from home is a matter of
+1e-18 even among 4 million flows; insert refuses to go there.
+
+A lookup in a big table waits for memory twice, for a slot and for a record. Over a burst it is made in three passes:
+``hash_tuple`` and ``prefetch_slot`` for each packet, ``candidate`` for each, then ``matches`` for each, so the waits of
+many packets overlap. Rows never move and are found again until they are deleted; a row's number is used again.
 """
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
-ORIGINAL, REPLY = 0, 1  # directions
+from dataplane.jit import Array, kernel, prefetch
+from dataplane.tables import tagged
+from dataplane.tables.flow_record import (
+    ACTIVE,
+    ASSURED,
+    COUNTED,
+    DST_NAT,
+    FLOW,
+    MASQUERADED,
+    ORIGINAL,
+    REPLY,
+    SEEN_REPLY,
+    SOURCE_KEPT,
+    SRC_NAT,
+    TIMEOUT_COUNT,
+    TUPLE,
+    LbState,
+    TcpState,
+    Timeout,
+    make_timeouts,
+)
+from dataplane.tables.hash import Word, hash5, make_key
+from dataplane.tables.memory import make_zeros
+from dataplane.tables.result import FULL, MISS
 
-TUPLE = np.dtype(
-    {
-        "names": [
-            "src_hi", "src_lo", "dst_hi", "dst_lo", "sport", "dport", "protocol", "packets", "bytes",
-            "seq_end", "max_end", "max_window", "max_ack", "scale", "window_flags",
-        ],
-        "formats": ["u8", "u8", "u8", "u8", "u2", "u2", "u1", "u8", "u8", "u4", "u4", "u4", "u4", "u1", "u1"],
-        "offsets": [0, 8, 16, 24, 32, 34, 36, 40, 48, 64, 68, 72, 76, 80, 81],
-        "itemsize": 128,
-    }
-)  # fmt: skip
-"""One direction. For ICMP echo both ports are the id; protocols without ports have 0. The second line is the TCP window
-of the sender of this direction (kernel: ``ip_ct_tcp_state`` td_end, td_maxend, td_maxwin, td_maxack, td_scale, flags).
-"""
+__all__ = [
+    "ACTIVE",
+    "ASSURED",
+    "CLASH",
+    "COUNTED",
+    "CROWDED",
+    "DST_NAT",
+    "END",
+    "EVICTION_SLOTS",
+    "FLOW",
+    "FREE",
+    "FREED",
+    "FULL",
+    "HAND",
+    "MASQUERADED",
+    "MISS",
+    "ORIGINAL",
+    "REPLY",
+    "SEEN_REPLY",
+    "SOURCE_KEPT",
+    "SRC_NAT",
+    "STATE_COUNT",
+    "TIMEOUT_COUNT",
+    "TUPLE",
+    "USED",
+    "Count",
+    "FlowTable",
+    "LbState",
+    "TcpState",
+    "Timeout",
+    "candidate",
+    "delete",
+    "early_drop",
+    "find",
+    "find_source",
+    "hash_tuple",
+    "insert",
+    "is_disposable",
+    "is_expired",
+    "keep_source",
+    "make_timeouts",
+    "matches",
+    "next_expired",
+    "prefetch_slot",
+]
 
-FLOW = np.dtype(
-    {
-        "names": [
-            "state", "lb_state", "status", "expires_ns", "created_ns", "last_direction", "last_index", "retrans",
-            "last_flags", "last_seq", "last_ack", "last_end", "last_window",
-            "backend", "backend_generation", "service", "service_generation", "template", "template_generation",
-            "route_generation", "lb_expires_ns", "mark",
-        ],
-        "formats": [
-            "u1", "u1", "u2", "i8", "i8", "u1", "u1", "u1",
-            "u1", "u4", "u4", "u4", "u2",
-            "i4", "i4", "i4", "i4", "i4", "i4",
-            "i4", "i8", "u4",
-        ],
-        "offsets": [
-            84, 85, 86, 88, 96, 104, 105, 106,
-            107, 108, 112, 116, 120,
-            212, 216, 220, 224, 228, 232,
-            236, 240, 248,
-        ],
-        "itemsize": 256,
-    }
-)  # fmt: skip
-"""What both directions share; it lies in the second cache line of each half.
+_NO_SIGN = 0x7FFF_FFFF  # a position that is never negative needs no check for counting from the end
 
-``state`` is a ``TcpState`` (0 for other protocols), ``lb_state`` ip_vs's own (``LbState``), ``status`` the flags below.
-``last_*`` and ``retrans`` are conntrack's memory of the last segment. ``backend``, ``service`` and ``template`` are rows
-with their generations, -1: none. ``lb_expires_ns`` is when ip_vs would forget the connection: its backend's counters
-follow that, and not ``expires_ns``.
-"""
-
-# Flags of ``status``; SEEN_REPLY ... DST_NAT have the kernel's values (IPS_*).
-SEEN_REPLY = 0x0002
-ASSURED = 0x0004
-SRC_NAT = 0x0010
-DST_NAT = 0x0020
-COUNTED = 0x0100  # counted at its backend: ip_vs knows the connection
-ACTIVE = 0x0200  # and as an active one
-MASQUERADED = 0x0400  # the source address is the egress interface's: the flow dies with it
-SOURCE_KEPT = 0x0800  # holds the by-source entry of its source (endpoint-independent reuse)
-
-
-class TcpState(IntEnum):
-    """conntrack's states, in the kernel's order (``enum tcp_conntrack``)."""
-
-    NONE = 0
-    SYN_SENT = 1
-    SYN_RECV = 2
-    ESTABLISHED = 3
-    FIN_WAIT = 4
-    CLOSE_WAIT = 5
-    LAST_ACK = 6
-    TIME_WAIT = 7
-    CLOSE = 8
-    SYN_SENT2 = 9
-
-
-class LbState(IntEnum):
-    """ip_vs's TCP states (``IP_VS_TCP_S_*``), and one for UDP."""
-
-    NONE = 0
-    ESTABLISHED = 1
-    SYN_SENT = 2
-    SYN_RECV = 3
-    FIN_WAIT = 4
-    TIME_WAIT = 5
-    CLOSE = 6
-    CLOSE_WAIT = 7
-    LAST_ACK = 8
-    LISTEN = 9
-    SYNACK = 10
-    UDP = 11
+# Indices of ``FlowTable.arrays``'s ``state``.
+USED = 0  # rows in use
+HAND = 1  # the next row that the clock hand looks at
+END = 2  # rows from here on were never used: their memory is untouched
+FREED = 3  # rows on the stack of those that were
 
 
-class Timeout(IntEnum):
-    """Indices of the array of timeouts: conntrack's TCP states first, then its other protocols, then ip_vs's states."""
+class Count(IntEnum):
+    """Indices of ``state`` too: what ``conntrack -S`` counts, in its order. The stage counts what it decides."""
 
-    TCP = 0  # + TcpState
-    RETRANS = 10
-    UNACK = 11
-    UDP = 12
-    UDP_STREAM = 13
-    ICMP = 14
-    GENERIC = 15
-    LB = 16  # + LbState
+    FOUND = 8
+    INVALID = 9
+    INSERT = 10
+    INSERT_FAILED = 11
+    DROP = 12
+    EARLY_DROP = 13
+    ERROR = 14
+    SEARCH_RESTART = 15
+    CLASH_RESOLVE = 16
+    CHAINTOOLONG = 17
 
 
-TIMEOUT_COUNT = 32
-_SECONDS = {
-    Timeout.TCP: (0, 120, 60, 86400, 120, 3600, 30, 120, 10, 120),  # ESTABLISHED and CLOSE_WAIT are kube-proxy's
-    Timeout.RETRANS: (300,),
-    Timeout.UNACK: (300,),
-    Timeout.UDP: (30,),
-    Timeout.UDP_STREAM: (120,),
-    Timeout.ICMP: (30,),
-    Timeout.GENERIC: (600,),
-    Timeout.LB: (2, 900, 120, 60, 120, 120, 10, 60, 30, 120, 120, 300),
-}
+STATE_COUNT = 24
+CLASH = -3  # insert: one of the two tuples is in already; nothing was changed
+FREE = 0x7FFF_FFFF_FFFF_FFFF  # ``expires_ns`` of a row that is not in use: the hand needs no other look at it
+EVICTION_SLOTS = 64  # Linux looks at 8 buckets; a full table has 2 tuples in each, as these have
+CROWDED = 95  # percent of the rows in use, from which on the hand takes more than what has expired (Linux's gc)
+
+_PROTOTYPE = 6  # scratch[6] and [7] are the halves of a new flow
+_BY_SOURCE = 1  # a value in the slots is 2 * half; 4 * row + 1 is the by-source entry
+_SOURCE = 1 << 40  # above protocol and ports: no tuple is hashed to a source's word but by chance
+_AHEAD = 16  # rows between the hand and what it asks for: 100 ns of memory at 4 ns a row
+
+
+@kernel
+def hash_tuple(arrays: Any, wanted: Any) -> Word:
+    """Return the 64 bits by which a tuple is found.
+
+    Args:
+        arrays: ``FlowTable.arrays``.
+        wanted: A record with the fields of a tuple: one of ``TUPLE`` or a packet's.
+    """
+    last_word = int(wanted["protocol"]) << 32 | int(wanted["sport"]) << 16 | int(wanted["dport"])
+    return hash5(wanted["src_hi"], wanted["src_lo"], wanted["dst_hi"], wanted["dst_lo"], last_word, arrays[1])
+
+
+@kernel
+def prefetch_slot(arrays: Any, word: Word) -> None:
+    """First pass: ask for the slot of a hash."""
+    tagged.ask(arrays[0], word)
+
+
+@kernel
+def candidate(arrays: Any, word: Word) -> int:
+    """Second pass: return the half (2 * row + direction) that a hash leads to and ask for it, or ``MISS``.
+
+    ``MISS`` is final, until the next insert. A half is to be confirmed by ``matches``; if that fails, ``find`` has the
+    answer.
+    """
+    half = tagged.first(arrays[0], word) >> 1  # MISS stays -1
+    prefetch(arrays[2], half)
+    return half
+
+
+@kernel
+def _same(found: Any, wanted: Any) -> bool:
+    same_addresses = (
+        found["src_lo"] == wanted["src_lo"]
+        and found["dst_lo"] == wanted["dst_lo"]
+        and found["src_hi"] == wanted["src_hi"]
+        and found["dst_hi"] == wanted["dst_hi"]
+    )
+    same_ports = int(found["sport"]) == int(wanted["sport"]) and int(found["dport"]) == int(wanted["dport"])
+    return same_addresses and same_ports and int(found["protocol"]) == int(wanted["protocol"])
+
+
+@kernel
+def matches(arrays: Any, half: int, wanted: Any) -> bool:
+    """Third pass: say whether ``half`` is that of this tuple.
+
+    True only if the flow is in the table now, whatever became of the table since ``candidate``.
+    """
+    return _same(arrays[2][half & _NO_SIGN], wanted)
+
+
+@kernel
+def _search(arrays: Any, word: Word, wanted: Any) -> int:
+    slots = arrays[0]
+    tag, mask = int(word & tagged.TAG), tagged.last(slots)
+    at = tag & mask
+    for _ in range(tagged.MAX_PROBE):
+        slot = int(slots[at])
+        if slot == 0:
+            return MISS
+        # A by-source entry that has this tag leads to its flow's original tuple: if that matches, it is the answer too.
+        if slot & tagged.TAG == tag:
+            half = ((slot >> 32) - 1) >> 1
+            if matches(arrays, half, wanted):
+                return half
+        at = (at + 1) & mask
+    return MISS
+
+
+@kernel
+def find(arrays: Any, wanted: Any) -> int:
+    """Return 2 * row + direction of the flow that has this tuple in that direction, or ``MISS``."""
+    return _search(arrays, hash_tuple(arrays, wanted), wanted)
+
+
+@kernel
+def _copy_tuple(target: Any, source: Any) -> None:
+    target["src_hi"] = source["src_hi"]
+    target["src_lo"] = source["src_lo"]
+    target["dst_hi"] = source["dst_hi"]
+    target["dst_lo"] = source["dst_lo"]
+    target["sport"] = source["sport"]
+    target["dport"] = source["dport"]
+    target["protocol"] = source["protocol"]
+
+
+@kernel
+def _next_row(arrays: Any) -> int:
+    """Return the row that the next flow gets, the one freed last or else one never used; or ``FULL``."""
+    flows, free, state = arrays[3], arrays[4], arrays[5]
+    if int(state[FREED]) > 0:
+        return int(free[(int(state[FREED]) - 1) & _NO_SIGN])
+    return int(state[END]) if int(state[END]) < len(flows) else FULL
+
+
+@kernel
+def _take_row(arrays: Any) -> None:
+    """Take the row that ``_next_row`` named."""
+    state = arrays[5]
+    state[USED] += 1
+    if int(state[FREED]) > 0:
+        state[FREED] -= 1
+    else:
+        state[END] += 1
+
+
+@kernel
+def insert(arrays: Any, now_ns: int) -> int:
+    """Enter the flow whose tuples are ``scratch[0]`` (original) and ``scratch[1]`` (reply), both or none.
+
+    Returns its row, ``FULL`` (no row, or none of the slots near home) or ``CLASH`` (a tuple is in already, or the two
+    are one). Of the record only the tuples and ``created_ns`` are set: ``backend``, ``service`` and ``template`` are
+    -1, all else is 0, the time of expiry too.
+    """
+    slots, _, tuples, flows, _, state, scratch = arrays
+    original, reply = scratch[ORIGINAL], scratch[REPLY]
+    word, reply_word = hash_tuple(arrays, original), hash_tuple(arrays, reply)
+    tagged.ask(slots, reply_word)
+    row = _next_row(arrays)
+    if _search(arrays, word, original) >= 0 or _search(arrays, reply_word, reply) >= 0:
+        state[Count.INSERT_FAILED] += 1
+        return CLASH
+    if _same(original, reply):
+        return CLASH
+    if row < 0:
+        return FULL
+    if tagged.place(slots, word, 4 * row) < 0:
+        state[Count.CHAINTOOLONG] += 1
+        return FULL
+    if tagged.place(slots, reply_word, 4 * row + 2) < 0:
+        tagged.remove(slots, word, 4 * row)
+        state[Count.CHAINTOOLONG] += 1
+        return FULL
+    _take_row(arrays)
+    tuples[2 * row] = scratch[_PROTOTYPE]
+    tuples[2 * row + 1] = scratch[_PROTOTYPE + 1]
+    _copy_tuple(tuples[2 * row], original)
+    _copy_tuple(tuples[2 * row + 1], reply)
+    flows[row]["created_ns"] = now_ns
+    state[Count.INSERT] += 1
+    return row
+
+
+@kernel
+def delete(arrays: Any, row: int) -> None:
+    """Take a flow out, its by-source entry too; nothing if the row is not in use."""
+    slots, _, tuples, flows, free, state, scratch = arrays
+    original, reply, flow = tuples[2 * row], tuples[2 * row + 1], flows[row]
+    word, reply_word = hash_tuple(arrays, original), hash_tuple(arrays, reply)
+    tagged.ask(slots, reply_word)
+    if tagged.remove(slots, word, 4 * row) < 0:
+        return
+    tagged.remove(slots, reply_word, 4 * row + 2)
+    if int(flow["status"]) & SOURCE_KEPT:
+        tagged.remove(slots, _hash_source(arrays, original), 4 * row + _BY_SOURCE)
+    _copy_tuple(original, scratch[_PROTOTYPE])  # or a candidate of earlier in the burst would still match
+    _copy_tuple(reply, scratch[_PROTOTYPE])
+    flow["expires_ns"] = FREE
+    free[int(state[FREED]) & _NO_SIGN] = row
+    state[FREED] += 1
+    state[USED] -= 1
+
+
+@kernel
+def early_drop(arrays: Any, wanted: Any) -> int:
+    """Return the row of an unassured flow near a tuple's home that may be given up for it, or ``MISS``."""
+    slots, flows = arrays[0], arrays[3]
+    mask = tagged.last(slots)
+    at = int(hash_tuple(arrays, wanted) & tagged.TAG) & mask
+    for _ in range(EVICTION_SLOTS):
+        slot = int(slots[at])
+        row = ((slot >> 32) - 1) >> 2
+        if slot != 0 and not int(flows[row & _NO_SIGN]["status"]) & ASSURED:
+            return row
+        at = (at + 1) & mask
+    return MISS
+
+
+# --- by source -------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _hash_source(arrays: Any, wanted: Any) -> Word:
+    """Return the hash of a tuple's protocol, source address and source port."""
+    source = _SOURCE | int(wanted["protocol"]) << 32 | int(wanted["sport"]) << 16
+    return hash5(wanted["src_hi"], wanted["src_lo"], 0, 0, source, arrays[1])
+
+
+@kernel
+def find_source(arrays: Any, wanted: Any) -> int:
+    """Return the row of the flow that keeps the mapping of a tuple's source, or ``MISS``."""
+    slots, _, tuples, _, _, _, _ = arrays
+    word = _hash_source(arrays, wanted)
+    tag, mask = int(word & tagged.TAG), tagged.last(slots)
+    at = tag & mask
+    for _ in range(tagged.MAX_PROBE):
+        slot = int(slots[at])
+        if slot == 0:
+            return MISS
+        value = (slot >> 32) - 1
+        if slot & tagged.TAG == tag and value & 3 == _BY_SOURCE:
+            row = value >> 2
+            found = tuples[2 * row & _NO_SIGN]
+            same_address = found["src_lo"] == wanted["src_lo"] and found["src_hi"] == wanted["src_hi"]
+            same_port = int(found["sport"]) == int(wanted["sport"])
+            if same_address and same_port and int(found["protocol"]) == int(wanted["protocol"]):
+                return row
+        at = (at + 1) & mask
+    return MISS
+
+
+@kernel
+def keep_source(arrays: Any, row: int) -> None:
+    """Make a flow the one that ``find_source`` finds for the source of its original tuple, unless there is one.
+
+    Sets ``SOURCE_KEPT`` in ``status``; nobody else may change that flag while the flow is in.
+    """
+    slots, _, tuples, flows, _, _, _ = arrays
+    original, flow = tuples[2 * row], flows[row]
+    if find_source(arrays, original) >= 0:
+        return
+    if tagged.place(slots, _hash_source(arrays, original), 4 * row + _BY_SOURCE) >= 0:
+        flow["status"] = int(flow["status"]) | SOURCE_KEPT
+
+
+# --- expiry ----------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def is_expired(flow: Any, now_ns: int) -> bool:
+    """Say whether a flow's time is over; it is in the table until the hand comes by, or a packet."""
+    return int(flow["expires_ns"]) <= now_ns
+
+
+@kernel
+def is_disposable(flow: Any) -> bool:
+    """Say whether a crowded table may lose a flow: one not assured, or a TCP connection that is closing."""
+    status, state = int(flow["status"]), int(flow["state"])
+    return not status & ASSURED or TcpState.FIN_WAIT <= state <= TcpState.CLOSE
+
+
+@kernel
+def next_expired(arrays: Any, now_ns: int, budget: int) -> tuple[int, int]:
+    """Let the hand go on to the next flow that has expired, by at most ``budget`` rows; return ``(row, budget left)``.
+
+    The row is ``MISS`` when the budget is spent. The caller closes the flow and calls ``delete``::
+
+        row, left = next_expired(arrays, now_ns, 1024)
+        while row >= 0:
+            ...
+            row, left = next_expired(arrays, now_ns, left)
+
+    While more than ``CROWDED`` percent of the rows are in use, what is disposable counts as expired.
+    """
+    flows, state = arrays[3], arrays[5]
+    expires, end = flows["expires_ns"], int(state[END]) & _NO_SIGN
+    crowded = 100 * int(state[USED]) > CROWDED * len(flows)
+    row = int(state[HAND]) & _NO_SIGN
+    for left in range(min(budget, end) - 1, -1, -1):
+        at = row if row < end else 0
+        row = at + 1
+        prefetch(expires, at + _AHEAD)
+        over = int(expires[at]) <= now_ns
+        if over or (crowded and int(expires[at]) != FREE and is_disposable(flows[at])):
+            state[HAND] = row
+            return at, left
+    state[HAND] = row
+    return MISS, 0
+
+
+class FlowTable:
+    """Owns the flows. The arrays never move, and memory is used as rows are: 256 bytes each, and 64 of slots.
+
+    Attributes:
+        flows: ``(capacity,)`` of ``FLOW``.
+        tuples: ``(2 * capacity,)`` of ``TUPLE``, the same memory.
+        state: ``(STATE_COUNT,)`` int64, see ``USED`` and ``Count``.
+        arrays: ``(slots, key, tuples, flows, free, state, scratch)``, what the kernels take. ``scratch`` is ``(8,)`` of
+            ``TUPLE``; the last two are the halves of a new flow, the first six are the stages' own.
+    """
+
+    def __init__(self, capacity: int = 262_144, seed: int | None = None) -> None:
+        self.capacity = capacity
+        self.flows: Array = make_zeros(capacity, FLOW)
+        self.tuples: Array = self.flows.view(TUPLE)
+        self.state: Array = np.zeros(STATE_COUNT, np.int64)
+        scratch = make_zeros(8, TUPLE)
+        for column in ("backend", "service", "template"):
+            scratch[_PROTOTYPE:].view(FLOW)[column] = -1
+        slots, free = tagged.make_slots(3 * capacity), make_zeros(capacity, np.int32)
+        self.arrays = (slots, make_key(seed), self.tuples, self.flows, free, self.state, scratch)
+
+    def __len__(self) -> int:
+        return int(self.state[USED])
+
+    def items(self) -> list[int]:
+        """Return the rows in use: those whose ``expires_ns`` is not ``FREE``."""
+        used = self.flows["expires_ns"][: int(self.state[END])] != FREE
+        rows: list[int] = np.flatnonzero(used).tolist()
+        return rows
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What was counted since the start, by the names of ``conntrack -S``."""
+        return {count.name.lower(): int(self.state[count]) for count in Count}
