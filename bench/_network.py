@@ -28,7 +28,7 @@ SENDER_CPU, FORWARDER_CPU = "0", "1"
 
 NODE = """
 [node]
-name = "{prefix}node"
+name = "{name}"
 [pods]
 cidr = ["10.244.1.0/24"]
 mtu = {mtu}
@@ -117,15 +117,14 @@ class Network:
 
     # --- the forwarders ----------------------------------------------------------------------------------------------
 
-    def ours(self) -> Pair:
-        """Start our node; it makes the pods."""
-        host = self.namespace("node")
-        pair = Pair(f"{self.prefix}ours-a", f"{self.prefix}ours-b")
+    def ours(self, name: str = "node", more: str = "") -> Pair:
+        """Start our node, with ``more`` in its file; it makes the pods."""
+        host = self.namespace(name)
+        pair = Pair(f"{host}-a", f"{host}-b")
         folder = self._stack.enter_context(tempfile.TemporaryDirectory())
         config = Path(folder, "node.toml")
-        config.write_text(
-            NODE.format(prefix=self.prefix, mtu=MTU, a=pair.a, b=pair.b, address_a=A, address_b=B), encoding="utf-8"
-        )
+        text = NODE.format(name=host, mtu=MTU, a=pair.a, b=pair.b, address_a=A, address_b=B)
+        config.write_text(text + more, encoding="utf-8")
         command = (sys.executable, "-m", "dataplane", "run", "--config", str(config))
         self.start(inside(host, *command, cpu=FORWARDER_CPU), " ready ")
         return pair
@@ -139,26 +138,26 @@ class Network:
         _address(pair)
         return pair
 
-    def kernel(self) -> Pair:
+    def kernel(self, name: str = "kernel") -> Pair:
         """Let the kernel forward between two veth pairs."""
-        host, pair = self.namespace("kernel"), Pair(self.namespace("kernel-a"), self.namespace("kernel-b"))
+        host, pair = self.namespace(name), Pair(self.namespace(f"{name}-a"), self.namespace(f"{name}-b"))
         run(*inside(host, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"))
-        for name, namespace in (("to-a", pair.a), ("to-b", pair.b)):
-            ends = ("name", name, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        for link, namespace in (("to-a", pair.a), ("to-b", pair.b)):
+            ends = ("name", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
             run("ip", "-n", host, "link", "add", *ends)
-            run("ip", "-n", host, "link", "set", name, "address", GATEWAY_MAC, "mtu", str(MTU), "up")
+            run("ip", "-n", host, "link", "set", link, "address", GATEWAY_MAC, "mtu", str(MTU), "up")
         _address(pair)
-        for name, namespace, address in (("to-a", pair.a, A), ("to-b", pair.b, B)):
-            run("ip", "-n", host, "route", "add", address, "dev", name)
-            run("ip", "-n", host, "neigh", "add", address, "lladdr", _mac(namespace), "dev", name)
+        for link, namespace, address in (("to-a", pair.a, A), ("to-b", pair.b, B)):
+            run("ip", "-n", host, "route", "add", address, "dev", link)
+            run("ip", "-n", host, "neigh", "add", address, "lladdr", _mac(namespace), "dev", link)
         return pair
 
-    def spread(self, cores: int) -> None:
+    def spread(self, cores: int, name: str = "kernel") -> None:
         """Say whether the kernel forwards on the sender's core (1) or on the other one (2: receive packet steering)."""
         mask = "0" if cores == 1 else f"{1 << int(FORWARDER_CPU):x}"
-        for name in ("to-a", "to-b"):
-            path = f"/sys/class/net/{name}/queues/rx-0/rps_cpus"
-            run("ip", "netns", "exec", f"{self.prefix}kernel", "sh", "-c", f"echo {mask} > {path}")
+        for link in ("to-a", "to-b"):
+            path = f"/sys/class/net/{link}/queues/rx-0/rps_cpus"
+            run("ip", "netns", "exec", f"{self.prefix}{name}", "sh", "-c", f"echo {mask} > {path}")
 
 
 def stop(process: subprocess.Popen[str], patience: float = 0.0) -> None:
