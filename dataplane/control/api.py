@@ -1,8 +1,18 @@
 """The control API: HTTP and JSON on a unix socket, and Prometheus' text on TCP.
 
-    GET  /v1/{status,interfaces,routes,arp,vteps,drops,counters,pipeline}    a snapshot
-    POST /v1/reload                                                          read the file again, all or nothing
-    GET  /metrics                                                            Prometheus
+    GET    /v1/{status,interfaces,routes,arp,vteps,drops,counters,...}    a snapshot (``snapshot.KINDS``)
+    GET    /v1/{services,endpoints,conntrack,nat,persistence}?FILTERS     a listing, filtered (``query.Query``)
+    DELETE /v1/conntrack?FILTERS                                          forget flows; all of them only with all=yes
+    PUT    /v1/services/NAMESPACE/NAME                                    set a service: the keys of [[services.static]]
+    DELETE /v1/services/NAMESPACE/NAME
+    PUT    /v1/services/NAMESPACE/NAME/endpoints/IP                       add an endpoint, or change it
+    DELETE /v1/services/NAMESPACE/NAME/endpoints/IP
+    POST   /v1/services/NAMESPACE/NAME/endpoints/IP/drain                 no new connections; those it has go on
+    POST   /v1/reload                                                     read the file again, all or nothing
+    GET    /metrics                                                       Prometheus
+
+A snapshot is made in one go. A listing may have a million rows: it is made and sent in pages, and packets have their
+turn between any two of them. Rows that come or go meanwhile are in it or not, as with the kernel's own tables.
 
 An error is ``{"error": word, "message": line}`` with a fitting HTTP status. Who may open the socket may use it: it has
 mode 0660. aiohttp is imported when the server starts, after the data plane is up: packets do not wait for it.
@@ -13,12 +23,13 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dataplane.control.client import listens
-from dataplane.control.snapshot import Kind, Reload
+from dataplane.control.query import Query
+from dataplane.control.snapshot import Kind, ListKind, Reload
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -29,15 +40,64 @@ _GRACE_S = 1.0  # for requests under way when the server closes
 log = logging.getLogger(__name__)
 
 
+class Listing(Protocol):
+    """Rows in pages. To make one page takes a millisecond at most; the loop has its turn after each.
+
+    Attributes:
+        matched: Rows that passed the filters, the ones beyond the limit included; final after the last page.
+    """
+
+    @property
+    def matched(self) -> int: ...  # noqa: D102 - an attribute
+
+    def __iter__(self) -> Iterator[Sequence[Mapping[str, Any]]]: ...
+
+
+class MissingError(LookupError):
+    """What should be edited does not exist; the message names it."""
+
+
 class Backend(Protocol):
-    """What the node has to be able to say. All calls come from the event loop's thread, between bursts."""
+    """What the node has to be able to say and do. All calls come from the event loop's thread, between bursts.
+
+    Those that edit return what ``reload`` returns; with ``errors`` nothing was changed. The server lets one of them run
+    at a time.
+    """
 
     def snapshot(self, kind: Kind) -> Mapping[str, Any]:
         """Return the snapshot of this kind (``control/snapshot.py``)."""
         ...
 
+    def listing(self, kind: ListKind, query: Query) -> Listing:
+        """Return the rows of this kind that pass the query."""
+        ...
+
     async def reload(self) -> Reload:
-        """Read the configuration again; with ``errors`` nothing was changed. Never runs twice at a time."""
+        """Read the configuration again."""
+        ...
+
+    async def delete_flows(self, query: Query) -> int:
+        """Forget the flows that pass the query, whatever its limit; return how many."""
+        ...
+
+    async def set_service(self, values: Mapping[str, Any]) -> Reload:
+        """Add or replace a service; ``values`` has the keys of ``[[services.static]]``, name and namespace included."""
+        ...
+
+    async def delete_service(self, namespace: str, name: str) -> Reload:
+        """Forget a service; ``MissingError`` if there is none."""
+        ...
+
+    async def add_endpoint(self, namespace: str, name: str, values: Mapping[str, Any]) -> Reload:
+        """Add or change an endpoint; ``values`` has the keys of a service's ``endpoints``, ``ip`` at least."""
+        ...
+
+    async def drain_endpoint(self, namespace: str, name: str, values: Mapping[str, Any]) -> Reload:
+        """Give the endpoint at ``values["ip"]`` no new connections."""
+        ...
+
+    async def delete_endpoint(self, namespace: str, name: str, values: Mapping[str, Any]) -> Reload:
+        """Forget the endpoint at ``values["ip"]``."""
         ...
 
     def metrics_text(self) -> str:

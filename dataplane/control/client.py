@@ -9,9 +9,13 @@ import http.client
 import json
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
+
+from dataplane.control.query import Query
+from dataplane.control.snapshot import ListKind
 
 RUN = Path("/run/dataplane")
 TIMEOUT_S = 10.0
@@ -78,6 +82,54 @@ def get(path: Path, kind: str) -> dict[str, Any]:
     return _request(path, "GET", f"/v1/{kind}")
 
 
+def listing(path: Path, kind: ListKind, query: Query) -> dict[str, Any]:
+    """Return ``{kind: rows, "matched": number}``: the rows that pass the query, and how many would without a limit.
+
+    Raises:
+        RefusedError: The node does not know a filter.
+    """
+    return _request(path, "GET", f"/v1/{kind}?{urlencode(query.words())}")
+
+
+def delete_flows(path: Path, query: Query, everything: bool = False) -> int:
+    """Make the node forget the flows that pass the query; return how many those were."""
+    words = query.words() | ({"all": "yes"} if everything else {})
+    return int(_request(path, "DELETE", f"/v1/conntrack?{urlencode(words)}")["deleted"])
+
+
+def set_service(path: Path, namespace: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add or replace a service; returns ``snapshot.Reload``, as all edits do."""
+    return _request(path, "PUT", _service(namespace, name), values)
+
+
+def delete_service(path: Path, namespace: str, name: str) -> dict[str, Any]:
+    """Delete a service."""
+    return _request(path, "DELETE", _service(namespace, name))
+
+
+def add_endpoint(path: Path, namespace: str, name: str, ip: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add an endpoint to a service, or change it."""
+    return _request(path, "PUT", _endpoint(namespace, name, ip), values)
+
+
+def drain_endpoint(path: Path, namespace: str, name: str, ip: str) -> dict[str, Any]:
+    """Give an endpoint no new connections."""
+    return _request(path, "POST", f"{_endpoint(namespace, name, ip)}/drain")
+
+
+def delete_endpoint(path: Path, namespace: str, name: str, ip: str) -> dict[str, Any]:
+    """Delete an endpoint."""
+    return _request(path, "DELETE", _endpoint(namespace, name, ip))
+
+
+def _service(namespace: str, name: str) -> str:
+    return f"/v1/services/{quote(namespace, safe='')}/{quote(name, safe='')}"
+
+
+def _endpoint(namespace: str, name: str, ip: str) -> str:
+    return f"{_service(namespace, name)}/endpoints/{quote(ip, safe='')}"
+
+
 def reload(path: Path) -> dict[str, Any]:
     """Make the node read its file again; returns ``snapshot.Reload``.
 
@@ -118,10 +170,10 @@ def find_socket(folder: Path = RUN) -> Path:
     return found[0]
 
 
-def _request(path: Path, method: str, target: str) -> dict[str, Any]:
+def _request(path: Path, method: str, target: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     connection = _Connection(path)
     try:
-        connection.request(method, target)
+        connection.request(method, target, None if body is None else json.dumps(body).encode())
         response = connection.getresponse()
         return _answer(response.status, response.read())
     except (FileNotFoundError, ConnectionRefusedError):

@@ -7,8 +7,14 @@ is "" or 0. A key may be added later, none is taken away.
 
 from typing import Literal, TypeAlias, TypedDict, get_args
 
-Kind: TypeAlias = Literal["status", "interfaces", "routes", "arp", "vteps", "drops", "counters", "pipeline"]
+Kind: TypeAlias = Literal[
+    "status", "interfaces", "routes", "arp", "vteps", "drops", "counters", "pipeline", "conntrack_stats", "balancing"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+ListKind: TypeAlias = Literal["services", "endpoints", "conntrack", "nat", "persistence"]
+LIST_KINDS: tuple[ListKind, ...] = get_args(ListKind)
+"""What may have a million rows: answered page by page, and filtered by a ``Query``."""
 
 
 class Status(TypedDict):
@@ -154,8 +160,177 @@ class Pipeline(TypedDict):
     pipeline: list[Stage]
 
 
+# --- services and flows ----------------------------------------------------------------------------------------------
+
+
+class ServiceRow(TypedDict):
+    """One virtual service, as in ``ipvsadm -Ln``: an address, a port and a protocol of a Kubernetes service.
+
+    ``kind`` says what the address is: cluster-ip, node-port, external-ip or load-balancer-ip. ``scheduler_flags`` are
+    ipvsadm's (sh-port, sh-fallback, mh-port, mh-fallback, ops). ``affinity_s`` is 0 without client affinity,
+    ``mask_bits`` how much of a client's address counts for it. ``origin`` is file or api.
+    """
+
+    service: str
+    port_name: str
+    type: str
+    kind: str
+    address: str
+    port: int
+    protocol: str
+    scheduler: str
+    scheduler_flags: list[str]
+    affinity_s: int
+    mask_bits: int
+    ready: int
+    total: int
+    active: int
+    inactive: int
+    origin: str
+    connections: int
+    in_packets: int
+    in_bytes: int
+    out_packets: int
+    out_bytes: int
+
+
+class EndpointRow(TypedDict):
+    """One backend of one virtual service, in the order in which its scheduler sees them: the newest first."""
+
+    service: str
+    port_name: str
+    kind: str
+    protocol: str
+    virtual_address: str
+    virtual_port: int
+    address: str
+    port: int
+    weight: int
+    state: Literal["ready", "draining", "overloaded"]
+    node: str
+    active: int
+    inactive: int
+    persistent: int
+    connections: int
+    in_packets: int
+    in_bytes: int
+    out_packets: int
+    out_bytes: int
+
+
+class Half(TypedDict):
+    """One direction of a flow, as its packets arrive. ICMP: ``sport`` and ``dport`` are 0, and ``icmp`` is set."""
+
+    src: str
+    dst: str
+    sport: int
+    dport: int
+    packets: int
+    bytes: int
+
+
+class IcmpQuery(TypedDict):
+    """What a flow of ICMP queries is known by, in its two directions."""
+
+    type: int
+    code: int
+    id: int
+    reply_type: int
+    reply_id: int
+
+
+class FlowRow(TypedDict):
+    """One tracked flow.
+
+    ``state`` is conntrack's TCP state, "" for other protocols; ``status`` holds SEEN_REPLY, ASSURED, SRC_NAT, DST_NAT,
+    MASQUERADED. ``lb_state`` is ip_vs's state, ``lb_timeout_s`` its time: "" and 0 for a flow that it would not list.
+    ``backend`` is address:port.
+    """
+
+    protocol: str
+    protocol_number: int
+    family: Literal["ipv4", "ipv6"]
+    state: str
+    timeout_s: int
+    age_s: float
+    original: Half
+    reply: Half
+    icmp: IcmpQuery | None
+    status: list[str]
+    mark: int
+    service: str
+    backend: str
+    lb_state: str
+    lb_timeout_s: int
+
+
+class Translation(TypedDict):
+    """One flow whose addresses or ports are rewritten. ``why`` holds service, masquerade, hairpin, outgoing."""
+
+    protocol: str
+    state: str
+    timeout_s: int
+    src: str
+    dst: str
+    sport: int
+    dport: int
+    new_src: str
+    new_dst: str
+    new_sport: int
+    new_dport: int
+    why: list[str]
+    service: str
+
+
+class TemplateRow(TypedDict):
+    """One persistence template: which backend a client stays with; ``controls`` open connections keep it alive."""
+
+    client: str
+    service: str
+    port_name: str
+    protocol: str
+    virtual_address: str
+    virtual_port: int
+    backend: str
+    timeout_s: int
+    controls: int
+
+
+class ConntrackStats(TypedDict):
+    """``GET /v1/conntrack_stats``: the flow table's size, and totals by the names of ``conntrack -S``."""
+
+    flows: int
+    limit: int
+    found: int
+    invalid: int
+    insert: int
+    insert_failed: int
+    drop: int
+    early_drop: int
+    error: int
+    search_restart: int
+    clash_resolve: int
+    chaintoolong: int
+
+
+class Balancing(TypedDict):
+    """``GET /v1/balancing``: the service tables as a whole.
+
+    ``no_local_endpoints`` counts services by traffic policy (internal, external) that are Local and have no backend on
+    this node; ``last_sync`` is when the tables were last brought up to date, seconds since the epoch.
+    """
+
+    services: int
+    endpoints: int
+    templates: int
+    templates_limit: int
+    templates_refused: int
+    no_local_endpoints: dict[str, int]
+    last_sync: float
+
+
 class Reload(TypedDict):
-    """``POST /v1/reload``: what was done, one line each; or why nothing was."""
+    """What an edit (``POST /v1/reload``, ``PUT /v1/services/...``) has done, one line each; or why nothing was."""
 
     applied: list[str]
     errors: list[str]

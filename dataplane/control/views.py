@@ -1,7 +1,7 @@
 """Snapshots as tables: pure functions from a snapshot to columns and rows of text.
 
-``VIEWS`` has one per kind. ``plain`` draws a table for a file or a pipe (one line per row, nothing cut, so that grep
-and awk work), ``draw`` one for a terminal, with rich.
+``VIEWS`` has one per kind; listings have theirs in ``views_services``. ``plain`` draws a table for a file or a pipe
+(one line per row, nothing cut, so that grep and awk work), ``draw`` one for a terminal, with rich.
 """
 
 import time
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from dataplane.control.snapshot import (
     Arp,
+    Balancing,
+    ConntrackStats,
     Counters,
     Drops,
     Interfaces,
@@ -48,7 +50,7 @@ def interfaces(snapshot: Interfaces) -> View:
             *(">#", "name", "role", "driver", "state", ">mtu", "mac", "pod", ">rx", ">rx bytes", ">tx", ">tx bytes"),
             *(">errors", ">lost", "last error"),
         ),
-        _rows(
+        as_rows(
             (
                 *(item["index"], item["name"], item["role"], item["driver"], item["state"], item["mtu"]),
                 *(
@@ -69,7 +71,7 @@ def routes(snapshot: Routes) -> View:
     """One row per prefix."""
     return View(
         ("prefix", "kind", "via", "dev", ">mtu", "node", "origin"),
-        _rows(
+        as_rows(
             (item["prefix"], item["kind"], item["via"], item["dev"], item["mtu"] or "", item["vtep"], item["origin"])
             for item in snapshot["routes"]
         ),
@@ -80,7 +82,7 @@ def arp(snapshot: Arp) -> View:
     """One row per neighbor on the uplink."""
     return View(
         ("address", "mac", "state", "interface", ">age"),
-        _rows(
+        as_rows(
             (item["address"], item["mac"], item["state"], item["interface"], f"{item['age_s']:.0f} s")
             for item in snapshot["arp"]
         ),
@@ -91,7 +93,7 @@ def vteps(snapshot: Vteps) -> View:
     """One row per remote node."""
     return View(
         ("node", "address", "mac", ">mtu", ">rx", ">rx bytes", ">tx", ">tx bytes"),
-        _rows(
+        as_rows(
             (
                 *(item["node"], item["address"], item["mac"], item["mtu"]),
                 *(item["rx_packets"], item["rx_bytes"], item["tx_packets"], item["tx_bytes"]),
@@ -114,7 +116,7 @@ def all_drops(snapshot: Drops) -> View:
 
 def _reasons(reasons: list[ReasonCount], notes: tuple[str, ...]) -> View:
     ordered = sorted(reasons, key=lambda reason: -reason["count"])  # stable: equal counts stay in the order of stages
-    rows = _rows((reason["count"], reason["label"], reason["stage"], reason["text"]) for reason in ordered)
+    rows = as_rows((reason["count"], reason["label"], reason["stage"], reason["text"]) for reason in ordered)
     return View((">packets", "reason", "stage", "what it means"), rows, notes)
 
 
@@ -127,14 +129,14 @@ def counters(snapshot: Counters) -> View:
     rows += [(f"queue {name}", count) for name, count in snapshot["queue"].items()]
     verdict = "OK" if came == went else f"VIOLATED, {came - went:+d} packets"
     equation = "received + injected = accepted + stolen + queued + dropped"
-    return View(("counter", ">packets"), _rows(rows), (f"{equation}: {came} = {went}: {verdict}",))
+    return View(("counter", ">packets"), as_rows(rows), (f"{equation}: {came} = {went}: {verdict}",))
 
 
 def pipeline(snapshot: Pipeline) -> View:
     """The stages in order, and how many packets each took out."""
     return View(
         ("stage", ">entered", ">passed", ">stolen", ">queued", ">dropped"),
-        _rows(
+        as_rows(
             (
                 *(item["stage"], item["entered"], item["entered"] - item["stolen"] - item["queued"] - item["dropped"]),
                 *(item["stolen"], item["queued"], item["dropped"]),
@@ -148,8 +150,20 @@ def status(snapshot: Status) -> View:
     """One row per property."""
     values = dict(snapshot)
     values["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot["since"]))
-    rows = _rows((name.replace("_", " "), _word(value)) for name, value in values.items())
+    rows = as_rows((name.replace("_", " "), _word(value)) for name, value in values.items())
     return View(("property", "value"), rows)
+
+
+def conntrack_stats(snapshot: ConntrackStats) -> View:
+    """One row per counter, under the names of ``conntrack -S``."""
+    return View(("counter", ">value"), as_rows(snapshot.items()))
+
+
+def balancing(snapshot: Balancing) -> View:
+    """One row per number."""
+    values = {name: value for name, value in snapshot.items() if not isinstance(value, dict)}
+    values |= {f"no local endpoints, {policy}": count for policy, count in snapshot["no_local_endpoints"].items()}
+    return View(("number", ">value"), as_rows((name.replace("_", " "), value) for name, value in values.items()))
 
 
 def _word(value: object) -> object:
@@ -158,7 +172,8 @@ def _word(value: object) -> object:
     return "-" if value == "" else value
 
 
-def _rows(rows: Iterable[Iterable[object]]) -> tuple[tuple[str, ...], ...]:
+def as_rows(rows: Iterable[Iterable[object]]) -> tuple[tuple[str, ...], ...]:
+    """Return the rows with every cell as text."""
     return tuple(tuple(str(cell) for cell in row) for row in rows)
 
 
@@ -171,6 +186,8 @@ VIEWS: dict[Kind, Callable[[Any], View]] = {
     "drops": drops,
     "counters": counters,
     "pipeline": pipeline,
+    "conntrack_stats": conntrack_stats,
+    "balancing": balancing,
 }
 
 
