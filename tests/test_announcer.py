@@ -1,0 +1,222 @@
+"""announcer: who owns an address, checked against sums made by sha256sum(1), and when it is said."""
+
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scapy.layers.l2 import ARP, Ether
+
+from dataplane.control.announcer import PERIOD_NS, SECOND, Announcer, announced, gratuitous, owner, winner
+from dataplane.control.state import DesiredState, Endpoint, Node, Peer, PodNetwork, Service, ServicePort, Uplink
+
+MAC = 0x0200_C000_020B
+ADDRESS = IPv4Address("192.0.2.200")
+NODE = IPv4Address("192.0.2.11")
+
+
+def peer(number: int) -> Peer:
+    address, block = IPv4Address(f"192.0.2.{10 + number}"), IPv4Network(f"10.244.{number}.0/24")
+    return Peer(f"node{number}", address, (block,), 0x6600_0000_0000 + number)
+
+
+HERE = Endpoint(IPv4Address("10.244.1.10"), node="node1")
+THERE = Endpoint(IPv4Address("10.244.2.10"), node="node2")
+UNNAMED = Endpoint(IPv4Address("10.244.3.10"))  # of a peer's block: node3
+
+
+def service(*endpoints: Endpoint, ip: IPv4Address | IPv6Address = ADDRESS, **fields) -> Service:
+    ports = (ServicePort(80),)
+    return Service("web", type="LoadBalancer", ports=ports, endpoints=endpoints, load_balancer_ips=(ip,), **fields)
+
+
+def state(*services: Service, peers: tuple[int, ...] = (2, 3), shared: bool = True, me: int = 1) -> DesiredState:
+    return DesiredState(
+        node=Node(f"node{me}", addresses=(IPv4Address(f"192.0.2.{10 + me}"),)),
+        pod_network=PodNetwork(cidrs=(IPv4Network(f"10.244.{me}.0/24"),)),
+        uplink=Uplink("eth0", shared=shared),
+        peers=tuple(peer(number) for number in peers),
+        services=services,
+    )
+
+
+# --- who -------------------------------------------------------------------------------------------------------------
+
+# The first six bytes of `printf 'NODE#ADDRESS' | sha256sum`; the smallest in a column wins.
+#                192.0.2.200   192.0.2.201   192.0.2.202   192.0.2.203
+#   node1        cbd3a6277c28  e027bd18e5d4  9711d4c3c672  3cdcc63adb2b
+#   node2        9f4391046c89  da2e3e032f90  31fd0e026b39  89f2b787168e
+#   node3        ad1fc5d49a66  04e7b3256f8e  86aca80c1783  a6a340e3645a
+GOLDEN = [("192.0.2.200", "node2"), ("192.0.2.201", "node3"), ("192.0.2.202", "node2"), ("192.0.2.203", "node1")]
+
+
+@pytest.mark.parametrize(("address", "node"), GOLDEN)
+def test_the_winner_is_metallbs(address, node):
+    assert winner(["node1", "node2", "node3"], IPv4Address(address)) == node
+
+
+def test_without_nodes_there_is_no_winner():
+    assert winner([], ADDRESS) is None
+
+
+NODES = st.sets(st.text("abcdefgh0123456789-.", min_size=1, max_size=12), min_size=1, max_size=8)
+ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
+
+
+@given(NODES, ADDRESSES, st.data())
+def test_removing_a_loser_never_moves_an_address(nodes, address, data):
+    owned_by = winner(nodes, address)
+    losers = sorted(nodes - {owned_by})
+    gone = set(data.draw(st.lists(st.sampled_from(losers), unique=True))) if losers else set()
+    assert winner(nodes - gone, address) == owned_by
+
+
+@given(NODES, ADDRESSES, st.text("ijkl", min_size=1, max_size=4))
+def test_a_new_node_takes_an_address_only_for_itself(nodes, address, new):
+    assert winner(nodes | {new}, address) in {winner(nodes, address), new}
+
+
+@given(st.permutations(["node1", "node2", "node3", "node4"]), ADDRESSES)
+def test_the_order_of_the_nodes_does_not_matter(nodes, address):
+    assert winner(nodes, address) == winner(sorted(nodes), address)
+
+
+NOT_READY = replace(HERE, ready=False, serving=False)
+WHO = [
+    ("all nodes, by their name and the address", service(HERE, THERE), "node2"),
+    ("all nodes, wherever the endpoints are", service(HERE), "node2"),
+    ("nobody without endpoints", service(), None),
+    ("nobody without an endpoint that serves", service(NOT_READY), None),
+    ("nobody when all endpoints are being drained", service(replace(HERE, draining=True)), None),
+    ("with an endpoint that terminates but serves", service(replace(HERE, ready=False, terminating=True)), "node2"),
+    ("with an unready one that is to be published", service(NOT_READY, publish_not_ready=True), "node2"),
+    ("local: nodes with an endpoint", service(HERE, external_policy="Local"), "node1"),
+    ("local: of two nodes with an endpoint", service(HERE, UNNAMED, external_policy="Local"), "node3"),
+    ("local: nodes with one that serves", service(NOT_READY, UNNAMED, external_policy="Local"), "node3"),
+    ("local: not a node that is no peer", service(replace(THERE, node="node9"), external_policy="Local"), None),
+    ("internal policy does not matter", service(HERE, internal_policy="Local"), "node2"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "node"), [row[1:] for row in WHO], ids=[row[0] for row in WHO])
+def test_the_owner_is(wanted, node):
+    assert owner(wanted, state(wanted)) == node
+
+
+@pytest.mark.parametrize(("wanted", "node"), [row[1:] for row in WHO], ids=[row[0] for row in WHO])
+def test_exactly_the_owner_announces(wanted, node):
+    nodes = [1, 2, 3]
+    found = [f"node{me}" for me in nodes if announced(state(wanted, me=me, peers=tuple(n for n in nodes if n != me)))]
+    assert found == ([node] if node else [])
+
+
+def test_all_addresses_of_a_service_have_the_owner_of_the_first():
+    both = replace(service(HERE), load_balancer_ips=(ADDRESS, IPv6Address("2001:db8::200"), IPv4Address("192.0.2.203")))
+    assert owner(both, state(both)) == "node2"
+    assert announced(state(both, me=2, peers=(1, 3))) == {ADDRESS, IPv4Address("192.0.2.203")}
+    assert announced(state(both)) == frozenset()
+
+
+def test_a_service_without_a_load_balancer_has_no_owner():
+    plain = replace(service(HERE), load_balancer_ips=())
+    assert owner(plain, state(plain)) is None
+
+
+def test_the_nodes_own_address_is_announced_only_on_an_uplink_of_our_own():
+    at_the_node = service(HERE, ip=NODE)
+    assert announced(state(at_the_node, peers=())) == frozenset()
+    assert announced(state(at_the_node, peers=(), shared=False)) == {NODE}
+    assert announced(state(shared=False)) == {NODE}
+
+
+@pytest.mark.parametrize("uplink", [None, Uplink("eth0", mode="udp", shared=False)])
+def test_without_a_packet_socket_nothing_is_announced(uplink):
+    assert announced(replace(state(service(HERE), peers=()), uplink=uplink)) == frozenset()
+
+
+# --- what and when ---------------------------------------------------------------------------------------------------
+
+
+def test_the_frames_are_gratuitous_arp_by_scapys_reading():
+    for operation, frame in zip((1, 2), gratuitous(MAC, ADDRESS), strict=True):
+        parsed = Ether(frame)
+        assert (parsed.dst, parsed.src, len(frame)) == ("ff:ff:ff:ff:ff:ff", "02:00:c0:00:02:0b", 42)
+        arp = parsed[ARP]
+        assert (arp.op, arp.hwtype, arp.ptype, arp.hwlen, arp.plen) == (operation, 1, 0x0800, 6, 4)
+        assert (arp.psrc, arp.pdst, arp.hwsrc, arp.hwdst) == ("192.0.2.200", "192.0.2.200", parsed.src, parsed.dst)
+
+
+MINE = service(HERE)
+OWNING, LOSING = state(MINE, peers=()), state(MINE)
+
+
+def times(announcer: Announcer, first: list[bytes], start: int, until: int) -> list[float]:
+    """Let time run from one due moment to the next; return when a pair was sent, in seconds."""
+    found = [0.0] * (len(first) // 2)
+    while announcer.next_at is not None and announcer.next_at <= until:
+        now = announcer.next_at
+        frames = announcer.tick(now)
+        assert [Ether(frame)[ARP].op for frame in frames] == [1, 2] * (len(frames) // 2)
+        found += [round((now - start) / SECOND, 3)] * (len(frames) // 2)
+    return found
+
+
+def test_a_new_owner_speaks_at_once_then_every_1100_ms_for_5_s_then_once_a_minute():
+    announcer, start = Announcer(MAC), 77 * SECOND
+    first = announcer.update(OWNING, start)
+    assert announcer.owned == {ADDRESS}
+    found = times(announcer, first, start, start + 200 * SECOND)
+    assert found == [0.0, 1.1, 2.2, 3.3, 4.4, 64.4, 124.4, 184.4]
+    assert announcer.sent == 2 * len(found)
+
+
+def test_nothing_is_sent_before_it_is_due():
+    announcer = Announcer(MAC)
+    announcer.update(OWNING, 0)
+    assert announcer.next_at is not None
+    assert announcer.tick(announcer.next_at - 1) == []
+
+
+def test_who_loses_an_address_is_silent_and_speaks_anew_when_it_comes_back():
+    announcer = Announcer(MAC)
+    assert len(announcer.update(OWNING, 0)) == 2
+    assert announcer.update(LOSING, SECOND) == []
+    assert (announcer.owned, announcer.next_at) == (frozenset(), None)
+    assert announcer.tick(PERIOD_NS) == []
+    first = announcer.update(OWNING, 2 * PERIOD_NS)
+    assert times(announcer, first, 2 * PERIOD_NS, 2 * PERIOD_NS + 6 * SECOND) == [0.0, 1.1, 2.2, 3.3, 4.4]
+
+
+def test_an_address_that_stays_is_not_announced_anew_by_a_change_of_others():
+    announcer = Announcer(MAC)
+    announcer.update(OWNING, 0)
+    second = replace(service(HERE, ip=IPv4Address("192.0.2.201")), name="other")
+    frames = announcer.update(replace(OWNING, services=(MINE, second)), SECOND)
+    assert {Ether(frame)[ARP].psrc for frame in frames} == {"192.0.2.201"}
+    assert announcer.next_at == 1_100_000_000
+
+
+def test_a_late_tick_sends_one_pair_and_goes_on():
+    announcer = Announcer(MAC)
+    announcer.update(OWNING, 0)
+    assert len(announcer.tick(3 * SECOND)) == 2
+    assert announcer.next_at == 3 * SECOND + 1_100_000_000
+    assert len(announcer.tick(30 * SECOND)) == 2
+    assert announcer.next_at == 30 * SECOND + PERIOD_NS
+
+
+def test_a_slightly_late_tick_does_not_shift_those_after_it():
+    announcer = Announcer(MAC)
+    announcer.update(OWNING, 0)
+    announcer.tick(1_100_000_000 + 20_000_000)
+    assert announcer.next_at == 2_200_000_000
+
+
+def test_another_mac_is_told_to_everybody_at_once():
+    announcer = Announcer(MAC)
+    announcer.update(OWNING, 0)
+    announcer.mac = MAC + 1
+    frames = announcer.repeat(20 * SECOND)
+    assert {Ether(frame).src for frame in frames} == {"02:00:c0:00:02:0c"}
+    assert times(announcer, frames, 20 * SECOND, 26 * SECOND) == [0.0, 1.1, 2.2, 3.3, 4.4]
