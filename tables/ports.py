@@ -13,14 +13,14 @@ what is in use. The order is that of ``get_unique_tuple`` in Linux's ``nf_nat_co
 
 A flow that asks for a random port (iptables ``--random-fully``) begins with the search. The search stays in the port's
 class, as hosts expect privileged ports from privileged processes (RFC 4787 4.2.2); ``low`` and ``high`` replace the
-classes. The randomness is the flow table's keyed hash of the tuple and the time: nobody can predict it, and a replay
-repeats it.
+classes. The randomness is the flow table's keyed hash of the tuple and the number of flows so far: nobody can predict
+it, and a replay repeats it.
 """
 
 from typing import Any
 
 from dataplane.jit import kernel
-from dataplane.tables.flow import MISS, ORIGINAL, REPLY, find, find_source, hash_tuple
+from dataplane.tables.flow import MISS, ORIGINAL, REPLY, Count, find, find_source, hash_tuple
 from dataplane.tables.hash import hash3
 
 ATTEMPTS = 128
@@ -33,7 +33,7 @@ _ICMPV6 = 58
 
 
 @kernel
-def allocate(arrays: Any, low: int, high: int, random: int, avoid: int, now: int) -> bool:
+def allocate(arrays: Any, low: int, high: int, avoid: int, random: bool) -> bool:
     """Choose the port that a new flow's replies come to, and write it into ``dport`` of ``scratch[1]``.
 
     Args:
@@ -43,9 +43,8 @@ def allocate(arrays: Any, low: int, high: int, random: int, avoid: int, now: int
         low: The first port that may be chosen, with ``high``, the last; 0: what the port's class allows. ICMP
             identifiers and protocols without ports have no range.
         high: See ``low``.
-        random: Nonzero to choose any port rather than keep the source's.
         avoid: The VXLAN port: replies to it over UDP would be taken for the tunnel's.
-        now: Nanoseconds.
+        random: Whether to choose any port rather than keep the source's.
 
     Returns:
         Whether there is a free one. If not, ``dport`` means nothing.
@@ -65,7 +64,7 @@ def allocate(arrays: Any, low: int, high: int, random: int, avoid: int, now: int
         allowed_first, allowed_last = (first, last) if ranged else (0, 0xFFFF)
         if _keep(arrays, allowed_first, allowed_last, avoid):
             return True
-    return _search(arrays, first, last, avoid, now)
+    return _search(arrays, first, last, avoid)
 
 
 @kernel
@@ -106,13 +105,13 @@ def _keep(arrays: Any, first: int, last: int, avoid: int) -> bool:
 
 
 @kernel
-def _search(arrays: Any, first: int, last: int, avoid: int, now: int) -> bool:
+def _search(arrays: Any, first: int, last: int, avoid: int) -> bool:
     size = last - first + 1
     attempts = min(size, ATTEMPTS)
-    word = hash_tuple(arrays, arrays[6][ORIGINAL])
+    word, nonce = hash_tuple(arrays, arrays[6][ORIGINAL]), int(arrays[5][Count.INSERT])
     step = 0
     while True:
-        offset = int(hash3(word, now, step, arrays[1]) & 0xFFFF)
+        offset = int(hash3(word, nonce, step, arrays[1]) & 0xFFFF)
         for i in range(attempts):
             port = first + (offset + i) % size
             if port != avoid and _is_free(arrays, port):
