@@ -104,7 +104,7 @@ def may_begin(data: Any, packet: Any, loose: int) -> int:
     """
     if is_malformed(data, packet):
         return Reason.CT_INVALID_FLAGS
-    state = transition(ORIGINAL, w.segment_kind(int(packet["tcp_flags"])), int(TcpState.NONE))
+    state = transition(ORIGINAL, w.segment_kind(int(packet["tcp_flags"])), 0)
     if state == TcpState.SYN_SENT or (loose and state == TcpState.ESTABLISHED):
         return Reason.ACCEPTED
     return Reason.CT_NOT_SYN
