@@ -27,6 +27,7 @@ from dataplane.config_types import Expect
 from dataplane.control import state as desired
 
 DEFAULT = Path(__file__).with_name("node.toml")
+HOST_INTERFACE = "dp0"
 _PASSES = 8  # a value, then the table that needs it, then the table around that: nothing is nested deeper
 _KINDS = {
     "bool_type": "true or false",
@@ -100,14 +101,17 @@ def _settings(file: File, path: Path | None) -> desired.Settings:
 def _state(file: File) -> desired.DesiredState:
     uplink = None
     if file.uplink.mode in ("af_packet", "udp"):
-        uplink = desired.Uplink(file.uplink.interface, file.uplink.mode, file.uplink.mtu)
+        uplink = desired.Uplink(file.uplink.interface, file.uplink.mode, file.uplink.mtu, file.uplink.shared)
+    balancing, services = _services(file)
     vxlan = file.vxlan
     overhead = desired.VXLAN_OVERHEAD if uplink and vxlan.mode != "Never" else 0
     mtu = file.pods.mtu or file.uplink.mtu - overhead
     gateway = file.pods.gateway or desired.POD_GATEWAY
     assert isinstance(gateway, IPv4Address)  # the checks refuse another
     return desired.DesiredState(
-        node=desired.Node(file.node.name, file.node.zone, tuple(file.node.addresses), file.node.netns),
+        node=desired.Node(
+            file.node.name, file.node.zone, tuple(file.node.addresses), file.node.netns, _host_interface(file)
+        ),
         pod_network=desired.PodNetwork(
             cidrs=tuple(file.pods.cidr),
             mtu=mtu,
@@ -116,6 +120,9 @@ def _state(file: File) -> desired.DesiredState:
             interface_prefix=file.pods.interface_prefix,
             proxy_arp=file.pods.proxy_arp,
             offload=frozenset(file.pods.offload),
+            nat_outgoing=file.pods.nat_outgoing,
+            nat_ports=file.pods.nat_port_range,
+            nat_random_fully=file.pods.nat_random_fully,
         ),
         pods=tuple(
             desired.Pod(
@@ -137,7 +144,27 @@ def _state(file: File) -> desired.DesiredState:
             for peer in file.peers
         ),
         routes=tuple(desired.StaticRoute(route.dst, route.via, route.type) for route in file.routes),
+        balancing=balancing,
+        services=services,
     )
+
+
+def _host_interface(file: File) -> str:
+    """The host's own way to services and, where the uplink is ours alone, to everything."""
+    given = file.node.host_interface
+    if given is not None:
+        return given
+    needed = "services" in file.model_fields_set or not file.uplink.shared
+    return HOST_INTERFACE if needed and file.uplink.mode in ("af_packet", "none") else ""
+
+
+def _services(file: File) -> tuple[desired.Balancing, tuple[desired.Service, ...]]:
+    if "services" not in file.model_fields_set:
+        return desired.Balancing(), ()
+    from dataplane.config_services import ServicesFile, balancing_of, service_of
+
+    assert isinstance(file, ServicesFile)
+    return balancing_of(file.services), tuple(service_of(service) for service in file.services.static)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -286,6 +313,10 @@ def _model(values: dict[str, Any]) -> type[File]:
     """Return the smallest model that knows every section of a file; an unknown one may be meant as any."""
     if values.keys() <= _fields(File).keys():
         return File
+    from dataplane.config_services import ServicesFile
+
+    if values.keys() <= _fields(ServicesFile).keys():
+        return ServicesFile
     from dataplane.config_later import WholeFile
 
     return WholeFile

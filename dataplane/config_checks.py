@@ -16,9 +16,9 @@ from dataplane.control.state import POD_GATEWAY, VXLAN_OVERHEAD, Address, Networ
 _OFF: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("node", "netns"): ("",),
     ("uplink", "mode"): ("af_packet", "udp", "none"),
-    ("pods", "natOutgoing"): (False,),
     ("pods", "static", "*", "bandwidth"): ({},),
-    ("services",): ({},),
+    ("services", "ipvs", "strictARP"): (True,),
+    ("services", "static", "*", "loadBalancerClass"): ("",),
     ("loadBalancer",): ({},),
     ("dns",): ({},),
     ("networkPolicies",): ([],),
@@ -52,10 +52,15 @@ def check(file: File, values: dict[str, Any]) -> Iterator[Problem]:
     yield from _unsupported(values)
     yield from _ipv6(file)
     yield from _uplink(file)
+    yield from _host_interface(file)
     yield from _pods(file)
     yield from _pod_addresses(file)
     yield from _peers(file)
     yield from _routes(file)
+    if "services" in values:
+        from dataplane.config_services_checks import check_services
+
+        yield from check_services(file)
 
 
 # --- refused for now -------------------------------------------------------------------------------------------------
@@ -92,15 +97,15 @@ def _ipv6(file: File) -> Iterator[Problem]:
 
 
 def _addresses(file: File) -> Iterator[tuple[KeyPath, Address | Network]]:
-    yield from _each(("node", "addresses"), file.node.addresses)
-    yield from _each(("pods", "cidr"), file.pods.cidr)
+    yield from each(("node", "addresses"), file.node.addresses)
+    yield from each(("pods", "cidr"), file.pods.cidr)
     if file.pods.gateway is not None:
         yield ("pods", "gateway"), file.pods.gateway
     for pod, at in _static_pods(file):
-        yield from _each((*at, "ip"), pod.ip)
+        yield from each((*at, "ip"), pod.ip)
     for peer, at in _peer_sections(file):
         yield (*at, "address"), peer.address
-        yield from _each((*at, "podCIDR"), peer.pod_cidr)
+        yield from each((*at, "podCIDR"), peer.pod_cidr)
     for route, at in _route_sections(file):
         yield (*at, "dst"), route.dst
         if route.via is not None:
@@ -128,6 +133,16 @@ def _uplink(file: File) -> Iterator[Problem]:
         yield Problem(("vxlan", "mode"), text, ("uplink", "vxlan"))
 
 
+def _host_interface(file: File) -> Iterator[Problem]:
+    name = file.node.host_interface
+    if name and file.uplink.mode == "udp":
+        yield Problem(("node", "hostInterface"), 'uplink.mode "udp" has none', ("uplink",))
+    others = {"uplink.interface": file.uplink.interface, "vxlan.interface": file.vxlan.interface}
+    for key, other in others.items():
+        if name and name == other:
+            yield Problem(("node", "hostInterface"), f"is also {key} (got {name})", (key,))
+
+
 def _pods(file: File) -> Iterator[Problem]:
     limit, why = file.uplink.mtu, "uplink.mtu"
     if file.uplink.mode != "none":
@@ -145,12 +160,12 @@ def _pods(file: File) -> Iterator[Problem]:
         if gateway in cidr:
             text = f"expected an address outside pods.cidr {cidr} (got {gateway})"
             yield Problem(("pods", "gateway"), text, ("pods.cidr",))
-    for path, address in _each(("node", "addresses"), file.node.addresses):
+    for path, address in each(("node", "addresses"), file.node.addresses):
         if any(address in cidr for cidr in file.pods.cidr):
             yield Problem(path, f"expected an address outside pods.cidr (got {address})", ("pods.cidr",))
         if address == gateway:
             yield Problem(path, f"is pods.gateway (got {address})", ("pods.gateway",))
-    yield from _overlaps(list(_each(("pods", "cidr"), file.pods.cidr)))
+    yield from overlaps(list(each(("pods", "cidr"), file.pods.cidr)))
 
 
 def _pod_addresses(file: File) -> Iterator[Problem]:
@@ -163,7 +178,7 @@ def _pod_addresses(file: File) -> Iterator[Problem]:
     for pod, at in pods:
         if not pod.ip:
             yield Problem((*at, "ip"), "expected at least one address (got [])", ("pods.static.ip",))
-        for path, address in _each((*at, "ip"), pod.ip):
+        for path, address in each((*at, "ip"), pod.ip):
             if cidrs and not any(address in cidr for cidr in file.pods.cidr):
                 yield Problem(path, f"expected an address inside pods.cidr {cidrs} (got {address})", ("pods.cidr",))
             if address == own:
@@ -172,10 +187,10 @@ def _pod_addresses(file: File) -> Iterator[Problem]:
                 )
         if pod.mac == file.pods.gateway_mac:
             yield Problem((*at, "mac"), "is pods.gatewayMAC", ("pods.gatewayMAC",))
-    yield from _repeats(((*at, "name"), f"{pod.namespace}/{pod.name}") for pod, at in pods)
-    yield from _repeats((path, ip) for pod, at in pods for path, ip in _each((*at, "ip"), pod.ip))
-    yield from _repeats(((*at, "mac"), pod.mac) for pod, at in pods if pod.mac is not None)
-    yield from _repeats(((*at, "netns"), pod.netns or pod.name) for pod, at in pods)
+    yield from repeats(((*at, "name"), f"{pod.namespace}/{pod.name}") for pod, at in pods)
+    yield from repeats((path, ip) for pod, at in pods for path, ip in each((*at, "ip"), pod.ip))
+    yield from repeats(((*at, "mac"), pod.mac) for pod, at in pods if pod.mac is not None)
+    yield from repeats(((*at, "netns"), pod.netns or pod.name) for pod, at in pods)
 
 
 def _peers(file: File) -> Iterator[Problem]:
@@ -192,15 +207,15 @@ def _peers(file: File) -> Iterator[Problem]:
             yield Problem((*at, "address"), f"expected an address outside pods.cidr (got {peer.address})")
         if not peer.pod_cidr:
             yield Problem((*at, "podCIDR"), "expected at least one prefix (got [])", ("peers.podCIDR",))
-    yield from _repeats(((*at, "name"), peer.name) for peer, at in peers)
-    yield from _repeats(((*at, "address"), peer.address) for peer, at in peers)
+    yield from repeats(((*at, "name"), peer.name) for peer, at in peers)
+    yield from repeats(((*at, "address"), peer.address) for peer, at in peers)
     names = {peer.name: (peer, at) for peer, at in reversed(peers)}  # of two with one name, the derived MAC is no news
-    yield from _repeats(
+    yield from repeats(
         ((*at, "vtepMAC"), peer.vtep_mac or vtep_mac(peer.name)) for peer, at in reversed(names.values())
     )
-    blocks = list(_each(("pods", "cidr"), file.pods.cidr))
-    remote = [pair for peer, at in peers for pair in _each((*at, "podCIDR"), peer.pod_cidr)]
-    yield from _overlaps(blocks + remote, first=len(blocks))
+    blocks = list(each(("pods", "cidr"), file.pods.cidr))
+    remote = [pair for peer, at in peers for pair in each((*at, "podCIDR"), peer.pod_cidr)]
+    yield from overlaps(blocks + remote, first=len(blocks))
 
 
 def _routes(file: File) -> Iterator[Problem]:
@@ -215,9 +230,9 @@ def _routes(file: File) -> Iterator[Problem]:
             yield Problem((*at, "via"), 'needs frames on the uplink: uplink.mode "udp" has none', ("uplink",))
         if any(route.via in cidr for cidr in file.pods.cidr):
             yield Problem((*at, "via"), f"expected a neighbor on the uplink, not a pod (got {route.via})")
-    blocks = [*_each(("pods", "cidr"), file.pods.cidr)]
-    blocks += [pair for peer, at in _peer_sections(file) for pair in _each((*at, "podCIDR"), peer.pod_cidr)]
-    yield from _repeats([*blocks, *(((*at, "dst"), route.dst) for route, at in _route_sections(file))], len(blocks))
+    blocks = [*each(("pods", "cidr"), file.pods.cidr)]
+    blocks += [pair for peer, at in _peer_sections(file) for pair in each((*at, "podCIDR"), peer.pod_cidr)]
+    yield from repeats([*blocks, *(((*at, "dst"), route.dst) for route, at in _route_sections(file))], len(blocks))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -241,11 +256,12 @@ def _route_sections(file: File) -> Iterator[tuple[RouteSection, KeyPath]]:
     return ((route, ("routes", index)) for index, route in enumerate(file.routes))
 
 
-def _each(path: KeyPath, items: Iterable[Any]) -> Iterator[tuple[KeyPath, Any]]:
+def each(path: KeyPath, items: Iterable[Any]) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield the elements of a list with their paths."""
     return (((*path, index), item) for index, item in enumerate(items))
 
 
-def _repeats(pairs: Iterable[tuple[KeyPath, Any]], first: int = 0) -> Iterator[Problem]:
+def repeats(pairs: Iterable[tuple[KeyPath, Any]], first: int = 0) -> Iterator[Problem]:
     """Yield the second and later uses of a value, from the pair numbered ``first`` on."""
     seen: dict[Any, KeyPath] = {}
     for number, (path, value) in enumerate(pairs):
@@ -256,7 +272,8 @@ def _repeats(pairs: Iterable[tuple[KeyPath, Any]], first: int = 0) -> Iterator[P
         seen.setdefault(value, path)
 
 
-def _overlaps(pairs: list[tuple[KeyPath, Network]], first: int = 0) -> Iterator[Problem]:
+def overlaps(pairs: list[tuple[KeyPath, Network]], first: int = 0) -> Iterator[Problem]:
+    """Yield the prefixes, from the pair numbered ``first`` on, that share addresses with one before them."""
     for number, (path, prefix) in enumerate(pairs):
         for other_path, other in pairs[:number] if number >= first else ():
             if prefix.version == other.version and prefix.overlaps(other):

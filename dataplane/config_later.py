@@ -1,4 +1,4 @@
-"""The shape of the sections whose feature comes later: services, load balancer addresses, DNS, network policies.
+"""The shape of the sections whose feature comes later: load balancer addresses, DNS, network policies.
 
 Their names are those of Kubernetes, kube-proxy and MetalLB. A file that has one of them is refused, but with every
 error of its shape; this module is imported for such a file only.
@@ -6,93 +6,14 @@ error of its shape; this module is imported for such a file only.
 
 # ruff: noqa: RUF012 - pydantic copies a default; ruff sees its models only where BaseModel itself is the base
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal
 
 from pydantic import Field
 
-from dataplane.config_model import File, Labels, Section
-from dataplane.config_types import (
-    IP,
-    AddressRange,
-    Duration,
-    Interface,
-    Name,
-    OptionalName,
-    Port,
-    PortRange,
-    Prefix,
-    number,
-)
-
-Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
-
-
-class Ipvs(Section):
-    """``KubeProxyConfiguration.ipvs``."""
-
-    scheduler: Literal["rr", "wrr", "lc", "wlc", "sh", "dh", "sed", "nq", "mh"] = "rr"
-    tcp_timeout: Duration = 900.0
-    tcp_fin_timeout: Duration = 120.0
-    udp_timeout: Duration = 300.0
-    strict_arp: bool = True
-
-
-class Conntrack(Section):
-    """``KubeProxyConfiguration.conntrack``."""
-
-    max: Annotated[int, number(1, 0xFFFF_FFFF)] = 262144
-    tcp_established_timeout: Duration = 86400.0
-    tcp_close_wait_timeout: Duration = 3600.0
-    udp_timeout: Duration = 30.0
-
-
-class ServicePort(Section):
-    """``ServicePort`` of core/v1."""
-
-    name: OptionalName = ""
-    protocol: Protocol = "TCP"
-    port: Port
-    target_port: Port | None = None
-    node_port: Port | None = None
-
-
-class Endpoint(Section):
-    """A backend."""
-
-    ip: IP
-    weight: Annotated[int, number(0, 65535)] = 1
-    node: OptionalName = ""
-
-
-class StaticService(Section):
-    """A service that no API server gives."""
-
-    name: Name
-    namespace: Name = "default"
-    type: Literal["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"] = "ClusterIP"
-    cluster_ips: list[IP] = []
-    ports: list[ServicePort] = []
-    endpoints: list[Endpoint] = []
-    session_affinity: Literal["None", "ClientIP"] = "None"
-    session_affinity_timeout: Duration = 10800.0
-    external_traffic_policy: Literal["Cluster", "Local"] = "Cluster"
-    internal_traffic_policy: Literal["Cluster", "Local"] = "Cluster"
-    load_balancer_class: str = ""
-    health_check_node_port: Annotated[int, number(0, 65535)] = 0
-
-
-class ServicesSection(Section):
-    """kube-proxy's own settings, and services."""
-
-    cluster_cidr: list[Prefix] = []
-    service_cidr: list[Prefix] = []
-    node_port_range: PortRange = (30000, 32767)
-    node_port_addresses: list[Prefix] = []
-    masquerade_all: bool = False
-    masquerade_bit: Annotated[int, number(0, 31)] = 14
-    ipvs: Ipvs = Field(default_factory=Ipvs)
-    conntrack: Conntrack = Field(default_factory=Conntrack)
-    static: list[StaticService] = []
+from dataplane.config_model import Labels, Section
+from dataplane.config_services import ServicesFile
+from dataplane.config_types import IP, AddressRange, Duration, Interface, Name, Port, Prefix
+from dataplane.control.state import Protocol
 
 
 class IPAddressPool(Section):
@@ -175,10 +96,9 @@ class NetworkPolicy(Section):
     egress: list[EgressRule] = []
 
 
-class WholeFile(File):
+class WholeFile(ServicesFile):
     """The file with every section that there will be."""
 
-    services: ServicesSection = Field(default_factory=ServicesSection)
     load_balancer: LoadBalancerSection = Field(default_factory=LoadBalancerSection)
     dns: DnsSection = Field(default_factory=DnsSection)
     network_policies: list[NetworkPolicy] = []

@@ -25,6 +25,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SIZE = re.compile(r"(\d+)([KMGT]?)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_PORT_NAME = re.compile(r"(?=.{1,15}$)(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")  # IANA_SVC_NAME, RFC 6335 5.1
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
 
 
@@ -143,6 +144,22 @@ def _port_range(value: str) -> tuple[int, int]:
     return low, high
 
 
+def _optional_port_range(value: str) -> tuple[int, int] | None:
+    return _port_range(value) if value else None
+
+
+def _cluster_ip(value: str) -> Address | None:
+    return None if value == "None" else ip_address(value)
+
+
+def _target_port(value: Any) -> int | str:
+    if isinstance(value, str):
+        return _matching(_PORT_NAME)(value)
+    if isinstance(value, bool) or not 0 < value < 65536:
+        raise ValueError
+    return int(value)
+
+
 def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda value: parse(value) if value else value
 
@@ -175,3 +192,10 @@ Duration: TypeAlias = Annotated[float, text(_DURATION_TEXT, _duration)]
 Size: TypeAlias = Annotated[int, text('a size such as "64K" or "100M"', _size)]
 Port: TypeAlias = Annotated[int, number(1, 65535)]
 PortRange: TypeAlias = Annotated[tuple[int, int], text('ports such as "30000-32767"', _port_range)]
+OptionalPortRange: TypeAlias = Annotated[
+    tuple[int, int] | None, text('ports such as "1024-65535", or ""', _optional_port_range)
+]
+ClusterIP: TypeAlias = Annotated[Address | None, text('an IP address such as 10.96.0.10, or "None"', _cluster_ip)]
+TargetPort: TypeAlias = Annotated[
+    int | str, PlainValidator(Expect("a number from 1 to 65535, or the name of an endpoint's port", _target_port))
+]

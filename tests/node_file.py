@@ -28,10 +28,12 @@ name = "node1"
 zone = "z1"
 addresses = ["192.0.2.11"]
 netns = ""
+hostInterface = "dp0"
 [uplink]
 interface = "eth0"
 mode = "af_packet"
 mtu = 1500
+shared = true
 [pods]
 cidr = ["10.244.1.0/24"]
 mtu = 1450
@@ -39,7 +41,9 @@ gateway = "169.254.1.1"
 gatewayMAC = "ee:ee:ee:ee:ee:ee"
 interfacePrefix = "cali"
 proxyARP = true
-natOutgoing = false
+natOutgoing = true
+natPortRange = "1024-65535"
+natRandomFully = true
 offload = ["csum", "tso4", "tso6", "uso"]
 [[pods.static]]
 name = "web-0"
@@ -75,20 +79,37 @@ ipvs = { scheduler = "rr", tcpTimeout = "15m", tcpFinTimeout = "2m", udpTimeout 
 max = 262144
 tcpEstablishedTimeout = "24h"
 tcpCloseWaitTimeout = "1h"
+tcpBeLiberal = true
 udpTimeout = "30s"
+udpStreamTimeout = "2m"
 [[services.static]]
 name = "web"
 namespace = "default"
 type = "LoadBalancer"
 clusterIPs = ["10.96.0.20"]
+externalIPs = ["198.51.100.20"]
+loadBalancerIPs = ["192.0.2.200"]
 ports = [{ name = "http", protocol = "TCP", port = 80, targetPort = 8080, nodePort = 30080 }]
-endpoints = [{ ip = "10.244.1.10", weight = 1 }, { ip = "10.244.2.10", node = "node2" }]
+endpoints = [
+  { ip = "10.244.1.10", weight = 1 },
+  { ip = "10.244.2.10", node = "node2", zone = "z2", ready = true, serving = true, terminating = false },
+  { ip = "10.244.2.11", draining = false, ports = { http = 8080 } },
+]
 sessionAffinity = "ClientIP"
 sessionAffinityTimeout = "3h"
-externalTrafficPolicy = "Cluster"
+externalTrafficPolicy = "Local"
 internalTrafficPolicy = "Cluster"
 loadBalancerClass = ""
-healthCheckNodePort = 0
+loadBalancerSourceRanges = ["203.0.113.0/24"]
+healthCheckNodePort = 30180
+publishNotReadyAddresses = false
+scheduler = "mh"
+schedulerFlags = ["mh-port", "mh-fallback"]
+drainTimeout = "5m"
+[[services.static]]
+name = "out"
+type = "ExternalName"
+externalName = "www.example.net"
 [[loadBalancer.ipAddressPools]]
 name = "default"
 addresses = ["192.0.2.200-192.0.2.220", "198.51.100.0/28"]

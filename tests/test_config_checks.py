@@ -95,11 +95,10 @@ def test_udp_mode_carries_vxlan_only():
 # --- what comes later ------------------------------------------------------------------------------------------------
 
 LATER = [
-    ("pods.natOutgoing = true", "pods.natOutgoing"),
     ('node.netns = "x"', "node.netns"),
     ('uplink = { interface = "eth0", mode = "tap" }', "uplink.mode"),
-    ("[services]\nmasqueradeAll = false", "services"),
-    ('[[services.static]]\nname = "web"', "services"),
+    ("services.ipvs.strictARP = false", "services.ipvs.strictARP"),
+    ('[[services.static]]\nname = "a"\nloadBalancerClass = "x"', "services.static[0].loadBalancerClass"),
     ("[[loadBalancer.ipAddressPools]]\nname = 'x'\naddresses = ['192.0.2.200-192.0.2.220']", "loadBalancer"),
     ('dns.clusterIP = "10.96.0.10"', "dns"),
     ('[[networkPolicies]]\nname = "x"', "networkPolicies"),
