@@ -161,6 +161,13 @@ class Cluster:
         number = next(self._numbers)
         return Spot(f"10.96.0.{number}", 30100 + number, f"192.0.2.{120 + number}", f"203.0.113.{number}")
 
+    def where(self, name: str) -> Namespace:
+        """Return the namespace of a pod, of ``ext``, of ``node`` (the first) or of ``node2``."""
+        if name in self.pods:
+            return self.pods[name].namespace
+        places = {"ext": self.ext, "node": self.host}
+        return places[name] if name in places else self.hosts[int(name.removeprefix("node")) - 1]
+
     def start_pod(self, name: str, address: str) -> Pod:
         """Start a server in a pod that a node has made."""
         namespace = self.network.pod(name)

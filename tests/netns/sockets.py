@@ -129,9 +129,9 @@ def connected(namespace: Namespace, address: str, port: int, source: int = 0) ->
         yield client
 
 
-def names(namespace: Namespace, protocol: str, address: str, port: int, count: int) -> list[str]:
+def names(namespace: Namespace, protocol: str, target: Endpoint, count: int) -> list[str]:
     """Ask so often, each time from another port, and return who answered, in order."""
-    return [ASK[protocol](namespace, address, port).name for _ in range(count)]
+    return [ASK[protocol](namespace, *target).name for _ in range(count)]
 
 
 def refusal(namespace: Namespace, protocol: str, address: str, port: int) -> float:
