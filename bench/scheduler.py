@@ -24,11 +24,11 @@ SIZES = (8, 100, 1000)
 
 
 @kernel
-def drive(arrays: Any, row: int, lows: Any, sports: Any, out: Any) -> None:
-    """Pick a backend for each client."""
+def drive(arrays: Any, rows: Any, lows: Any, sports: Any, out: Any) -> None:
+    """Pick a backend for each client of the service in its row."""
     for i in range(len(out)):
         j = np.uint64(i)  # unsigned, as in C: no check for counting from the end
-        out[j] = scheduler.pick(arrays, row, np.uint64(0), lows[j], int(sports[j]))
+        out[j] = scheduler.pick(arrays, int(rows[j]), np.uint64(0), lows[j], int(sports[j]))
 
 
 @kernel
@@ -58,9 +58,10 @@ def pick_case(name: str, kind: Scheduler, weights: list[int], clients: tuple[Arr
     out, expected = np.zeros(PICKS, np.int32), np.zeros(PICKS, np.int32)
     _, _, services, backends, buckets = table.arrays
     own = [services.copy(), backends.copy(), services.copy()]
-    ours = partial(drive, table.arrays, row, *clients, out)
+    rows = np.full(PICKS, row, np.int32)  # or the compiler would know before the loop which scheduler it is
+    ours = partial(drive, table.arrays, rows, *clients, out)
     references: dict[str, Callable[[], object]] = {
-        "C": bind(twin.drive, own[0], row, own[1], buckets, *clients, expected, PICKS)
+        "C": bind(twin.drive, own[0], rows, own[1], buckets, *clients, expected, PICKS)
     }
     if kind == Scheduler.WRR:
         references["C walk"] = bind(twin.drive_walk, own[2], row, backends, expected, PICKS)

@@ -57,13 +57,16 @@ _ACTIVE = 8  # an active connection is 2**8 inactive ones (ip_vs_dest_conn_overh
 @kernel
 def _next(service: Any, backends: Any) -> int:
     """Round robin: at most once around, beginning after the last pick."""
-    last = int(service["position"])
-    row = last
-    for _ in range(int(service["count"]) + 1):
-        row = int(service["head"]) if row < 0 else int(backends[row]["next"])
-        if row >= 0 and is_usable(backends[row]):
+    row = int(service["position"])
+    if row >= 0:
+        row = int(backends[row]["next"])
+    for _ in range(int(service["count"])):
+        if row < 0:
+            row = int(service["head"])
+        if is_usable(backends[row & _NO_SIGN]):
             service["position"] = row
             return row
+        row = int(backends[row & _NO_SIGN]["next"])
     return NONE
 
 

@@ -231,11 +231,11 @@ static i32 pick(struct service *s, struct backend *b, const i32 *buckets, u64 hi
     }
 }
 
-void drive(struct service *services, i64 service, struct backend *b, const i32 *buckets, const u64 *lows,
+void drive(struct service *services, const i32 *rows, struct backend *b, const i32 *buckets, const u64 *lows,
            const i32 *sports, i32 *out, i64 total)
 {
     for (i64 i = 0; i < total; i++)
-        out[i] = pick(&services[service], b, buckets, 0, lows[i], sports[i]);
+        out[i] = pick(&services[rows[i]], b, buckets, 0, lows[i], sports[i]);
 }
 
 void drive_walk(struct service *services, i64 service, struct backend *b, i32 *out, i64 total)
