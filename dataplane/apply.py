@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from dataplane.batch import GATEWAY_LO, POD_MTU, PROXY_ARP
-from dataplane.control import reconcile as plan
-from dataplane.control.reconcile import Edit, RouteSpec
+from dataplane.control import edits as plan
+from dataplane.control.edits import Edit, RouteSpec
 from dataplane.control.state import DesiredState, Network, Peer, Pod
 from dataplane.devices import journal, namespace
 from dataplane.devices.journal import Journal
@@ -35,6 +35,7 @@ _KINDS = {
     "tunnel": Kind.TUNNEL,
     "blackhole": Kind.BLACKHOLE,
     "unreachable": Kind.UNREACHABLE,
+    "service": Kind.SERVICE,
 }
 
 log = logging.getLogger(__name__)

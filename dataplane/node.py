@@ -14,8 +14,8 @@ from typing import Any
 from dataplane import config
 from dataplane.apply import UNDERLAY, Wiring
 from dataplane.batch import GATEWAY_LO, NODE_HI, NODE_LO, TUNNEL_INTERFACE, TUNNEL_PORT, VNI, VTEP_MAC
-from dataplane.control import reconcile
-from dataplane.control.reconcile import Edit, NeedsRestart
+from dataplane.control import edits, reconcile
+from dataplane.control.edits import Edit, NeedsRestart
 from dataplane.control.snapshot import Kind, Reload
 from dataplane.control.state import DesiredState, Settings
 from dataplane.devices.device import DeviceError
@@ -172,18 +172,18 @@ class Node:
 def describe(edit: Edit) -> str:
     """Return one line about an edit, for the one who asked for the reload."""
     match edit:
-        case reconcile.AddPod(pod) | reconcile.RemovePod(pod):
-            verb = "added" if isinstance(edit, reconcile.AddPod) else "removed"
+        case edits.AddPod(pod) | edits.RemovePod(pod):
+            verb = "added" if isinstance(edit, edits.AddPod) else "removed"
             return f"pod {pod.id} {verb}"
-        case reconcile.ChangePod(_, pod):
+        case edits.ChangePod(_, pod):
             return f"pod {pod.id} changed"
-        case reconcile.AddVtep(peer) | reconcile.RemoveVtep(peer):
-            verb = "added" if isinstance(edit, reconcile.AddVtep) else "removed"
+        case edits.AddVtep(peer) | edits.RemoveVtep(peer):
+            verb = "added" if isinstance(edit, edits.AddVtep) else "removed"
             return f"peer {peer.name} {verb}"
-        case reconcile.ChangeVtep(_, peer):
+        case edits.ChangeVtep(_, peer):
             return f"peer {peer.name} changed"
-        case reconcile.SetRoute(prefix, spec):
+        case edits.SetRoute(prefix, spec):
             return f"route {prefix} {spec.kind} {spec.target}".rstrip()
-        case reconcile.DeleteRoute(prefix):
+        case edits.DeleteRoute(prefix):
             return f"route {prefix} deleted"
     return "settings changed"

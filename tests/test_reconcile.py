@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataplane.control.reconcile import (
+from dataplane.control.edits import (
     AddPod,
     AddVtep,
     ChangePod,
@@ -22,10 +22,9 @@ from dataplane.control.reconcile import (
     RouteSpec,
     SetRoute,
     Source,
-    plan,
-    process_keys,
-    routes,
 )
+from dataplane.control.reconcile import plan, process_keys
+from dataplane.control.routing import routes
 from dataplane.control.state import (
     DesiredState,
     Engine,

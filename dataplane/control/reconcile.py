@@ -1,213 +1,52 @@
 """From one desired state to another: the list of edits that leads there.
 
-``routes`` derives the routing table from a state, ``plan`` compares two states. Both are pure. The node applies a plan
+``plan`` compares two states and is pure. The node applies a plan
 between two bursts, so a packet sees the old state or the new one; the order keeps every step whole as well, in case an
 edit fails half way:
 
-1. settings; 2. routes that vanish or whose target goes, longest prefix first; 3. pods and VTEPs that go; 4. those that
-change in place; 5. new ones; 6. routes, shortest prefix first, so that the blackhole of the node's own block stands
-before the /32s inside it.
+1. settings; 2. virtual servers and destinations that go; 3. routes that vanish or whose target goes, longest prefix
+first; 4. pods and VTEPs that go; 5. those that change in place; 6. new ones; 7. routes, shortest prefix first, so that
+the blackhole of the node's own block stands before the /32s inside it; 8. virtual servers that change, new destinations
+and new virtual servers.
 
-At no step does a route point to something that is not there, do two pods share a namespace, or two VTEPs an address.
+At no step does a route point to something that is not there, do two pods share a namespace, or two VTEPs an address,
+has a virtual server's address no route, or is a destination a pod that is not there yet or no more.
+
+A plan looks only at the services that differ: 20 ms for one among 10,000.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import IntEnum
-from ipaddress import ip_network
-from typing import Generic, Literal, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, TypeAlias, TypeVar
 
-from dataplane.control.state import Address, DesiredState, Network, Node, Peer, Pod, PodNetwork, Settings, StaticRoute
-
-RouteKind: TypeAlias = Literal["pod", "local", "via", "tunnel", "blackhole", "unreachable"]
-
-
-class Source(IntEnum):
-    """Who wants a route. Of two for one prefix the lower source wins (Calico's order, ``routetable/defs.go``).
-
-    Calico's list starts with the workloads: the node's own addresses stand before it, because the kernel looks into
-    its ``local`` table first. Static routes and on-link prefixes are what Calico finds on the host: after its own,
-    before the blackhole.
-    """
-
-    LOCAL_HOST = 0
-    LOCAL_WORKLOAD = 1
-    VXLAN_SAME_SUBNET = 2
-    VXLAN_TUNNEL = 3
-    NO_ENCAP = 4
-    STATIC = 5
-    ON_LINK = 6
-    BLACKHOLE = 7
-
-    @property
-    def label(self) -> str:
-        """``VxlanTunnel``: the name that people see."""
-        return self.name.title().replace("_", "")
-
-
-@dataclass(frozen=True, slots=True)
-class RouteSpec:
-    """What becomes of packets to one prefix.
-
-    Attributes:
-        target: The interface's name (pod, via) or the peer's name (tunnel); else empty.
-        gateway: The next hop; None when the destination itself is on the link.
-    """
-
-    kind: RouteKind
-    source: Source
-    target: str = ""
-    gateway: Address | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AddPod:
-    """Make the pod's link and namespace."""
-
-    pod: Pod
-
-
-@dataclass(frozen=True, slots=True)
-class RemovePod:
-    """Take the pod's link away, and its namespace if the node made it."""
-
-    pod: Pod
-
-
-@dataclass(frozen=True, slots=True)
-class ChangePod:
-    """Change addresses, MAC, MTU, labels or the namespace; the link and its counters stay."""
-
-    old: Pod
-    new: Pod
-
-
-@dataclass(frozen=True, slots=True)
-class AddVtep:
-    """Make a remote node known: a tunnel target, and an address that VXLAN is accepted from."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveVtep:
-    """Forget a remote node."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeVtep:
-    """Change a remote node's address, MAC or blocks; its counters stay."""
-
-    old: Peer
-    new: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class SetRoute:
-    """Add the route, or put it in the place of the one that this prefix has."""
-
-    prefix: Network
-    route: RouteSpec
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteRoute:
-    """Take the prefix out of the table."""
-
-    prefix: Network
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeSettings:
-    """Take over what no row of a table holds: zone, proxy ARP, blocks, default MTU."""
-
-    node: Node
-    pod_network: PodNetwork
-
-
-@dataclass(frozen=True, slots=True)
-class NeedsRestart:
-    """These keys cannot be changed while packets flow; a plan with this edit has no other and is not applied."""
-
-    keys: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"cannot be changed while running: {', '.join(self.keys)}; restart the node to apply"
-
-
-Edit: TypeAlias = (
-    AddPod
-    | RemovePod
-    | ChangePod
-    | AddVtep
-    | RemoveVtep
-    | ChangeVtep
-    | SetRoute
-    | DeleteRoute
-    | ChangeSettings
-    | NeedsRestart
+from dataplane.control.announcer import announced
+from dataplane.control.edits import (
+    AddDestination,
+    AddPod,
+    AddServer,
+    AddVtep,
+    ChangeDestination,
+    ChangePod,
+    ChangeServer,
+    ChangeSettings,
+    ChangeVtep,
+    DeleteRoute,
+    Edit,
+    NeedsRestart,
+    RemoveDestination,
+    RemovePod,
+    RemoveServer,
+    RemoveVtep,
+    RouteKind,
+    RouteSpec,
+    SetRoute,
 )
+from dataplane.control.routing import routes
+from dataplane.control.services import Changes, changed_services, changes, virtual_addresses
+from dataplane.control.state import Address, DesiredState, Network, Peer, Pod, Service, Settings
+
 Item = TypeVar("Item", Pod, Peer)
 _Table: TypeAlias = dict[Network, RouteSpec]
-
-
-# --- the routing table of a state ------------------------------------------------------------------------------------
-
-
-def routes(state: DesiredState) -> dict[Network, RouteSpec]:
-    """Derive the routing table; of several wishes for one prefix the first source wins.
-
-    The tunnel address of a remote node is inside its block, so it needs no /32 of its own as Calico's does.
-    """
-    table: dict[Network, RouteSpec] = {}
-    for prefix, spec in _wishes(state):
-        held = table.get(prefix)
-        if held is None or spec.source < held.source:
-            table[prefix] = spec
-    return table
-
-
-def _wishes(state: DesiredState) -> Iterator[tuple[Network, RouteSpec]]:
-    own = [*state.node.addresses, state.pod_network.gateway]
-    if state.tunnel_address is not None:
-        own.append(state.tunnel_address)
-    for address in own:
-        yield ip_network(address), RouteSpec("local", Source.LOCAL_HOST)
-    for pod in state.pods:
-        for address in pod.addresses:
-            yield ip_network(address), RouteSpec("pod", Source.LOCAL_WORKLOAD, pod.interface)
-    for cidr in state.pod_network.cidrs:
-        if cidr.prefixlen < cidr.max_prefixlen:  # a block of one address is that pod's own
-            yield cidr, RouteSpec("blackhole", Source.BLACKHOLE)
-    if state.uplink is None:
-        return
-    for peer in state.peers:
-        spec = _peer_route(state, peer, state.uplink.interface)
-        for cidr in peer.pod_cidrs:
-            yield cidr, spec
-    for prefix in state.on_link:
-        yield prefix, RouteSpec("via", Source.ON_LINK, state.uplink.interface)
-    for route in state.routes:
-        yield route.destination, _static_route(route, state.uplink.interface)
-
-
-def _peer_route(state: DesiredState, peer: Peer, uplink: str) -> RouteSpec:
-    if state.vxlan.mode == "Never":
-        return RouteSpec("via", Source.NO_ENCAP, uplink, peer.address)
-    if state.vxlan.mode == "CrossSubnet" and any(peer.address in prefix for prefix in state.on_link):
-        return RouteSpec("via", Source.VXLAN_SAME_SUBNET, uplink, peer.address)
-    return RouteSpec("tunnel", Source.VXLAN_TUNNEL, peer.name, peer.tunnel_address)
-
-
-def _static_route(route: StaticRoute, uplink: str) -> RouteSpec:
-    if route.type == "unicast":
-        return RouteSpec("via", Source.STATIC, uplink, route.via)
-    return RouteSpec(route.type, Source.STATIC)
-
-
-# --- the difference of two states ------------------------------------------------------------------------------------
 
 
 def plan(old: DesiredState | None, new: DesiredState | None) -> tuple[Edit, ...]:
@@ -220,10 +59,13 @@ def plan(old: DesiredState | None, new: DesiredState | None) -> tuple[Edit, ...]
         return (NeedsRestart(keys),)
     pods = _difference(old.pods if old else (), new.pods if new else ())
     vteps = _difference(_vteps(old), _vteps(new))
-    before, after = (routes(state) if state else {} for state in (old, new))
+    before, after = _route_tables(old, new)
     deletes, sets = _route_edits(before, after, pods.targets("pod") | vteps.targets("tunnel"))
+    servers = changes(old, new)
     return (
         *_settings(old, new),
+        *(RemoveServer(server) for server in servers.gone),
+        *_destinations_that_go(servers),
         *deletes,
         *(RemovePod(pod) for pod in pods.gone),
         *(RemoveVtep(peer) for peer in vteps.gone),
@@ -232,6 +74,8 @@ def plan(old: DesiredState | None, new: DesiredState | None) -> tuple[Edit, ...]
         *(AddPod(pod) for pod in pods.added),
         *(AddVtep(peer) for peer in vteps.added),
         *sets,
+        *_servers_that_change(servers),
+        *(AddServer(server) for server in servers.added),
     )
 
 
@@ -241,6 +85,7 @@ def restart_keys(old: DesiredState, new: DesiredState) -> tuple[str, ...]:
         "node.name": (old.node.name, new.node.name),
         "node.addresses": (old.node.addresses, new.node.addresses),
         "node.netns": (old.node.netns, new.node.netns),
+        "node.hostInterface": (old.node.host_interface, new.node.host_interface),
         "uplink": (old.uplink, new.uplink),
         "vxlan.vni": (old.vxlan.vni, new.vxlan.vni),
         "vxlan.port": (old.vxlan.port, new.vxlan.port),
@@ -251,6 +96,7 @@ def restart_keys(old: DesiredState, new: DesiredState) -> tuple[str, ...]:
         "pods.gatewayMAC": (old.pod_network.gateway_mac, new.pod_network.gateway_mac),
         "pods.interfacePrefix": (old.pod_network.interface_prefix, new.pod_network.interface_prefix),
         "pods.offload": (old.pod_network.offload, new.pod_network.offload),
+        "services.conntrack.max": (old.balancing.conntrack_max, new.balancing.conntrack_max),
     }
     return tuple(key for key, (before, after) in pairs.items() if before != after)
 
@@ -314,8 +160,52 @@ def _vteps(state: DesiredState | None) -> tuple[Peer, ...]:
 
 
 def _settings(old: DesiredState | None, new: DesiredState | None) -> Iterator[Edit]:
-    if new and (not old or (old.node, old.pod_network) != (new.node, new.pod_network)):
-        yield ChangeSettings(new.node, new.pod_network)
+    if new:
+        settings = ChangeSettings.of(new)
+        if not old or settings != ChangeSettings.of(old):
+            yield settings
+
+
+def _route_tables(old: DesiredState | None, new: DesiredState | None) -> tuple[_Table, _Table]:
+    """Return both routing tables; without the services' routes if those are the same."""
+    if old and new and not _addresses_differ(old, new):
+        old, new = replace(old, services=()), replace(new, services=())
+    return routes(old) if old else {}, routes(new) if new else {}
+
+
+def _addresses_differ(old: DesiredState, new: DesiredState) -> bool:
+    """Say whether the routes of services may differ, or hide others than before."""
+    if announced(old) != announced(new) or (old.pods, old.routes) != (new.pods, new.routes):
+        return True
+    if (old.pod_network, old.peers, old.on_link) != (new.pod_network, new.peers, new.on_link):
+        return True
+    before, after = changed_services(old, new)
+    return _addresses(before) != _addresses(after)
+
+
+def _addresses(services: list[Service]) -> set[Address]:
+    return {address for service in services for address in virtual_addresses(service)}
+
+
+def _destinations_that_go(servers: Changes) -> Iterator[Edit]:
+    for old, new in servers.kept:
+        staying = {(each.address, each.port) for each in new.destinations}
+        for each in old.destinations:
+            if (each.address, each.port) not in staying:
+                yield RemoveDestination(new, each)
+
+
+def _servers_that_change(servers: Changes) -> Iterator[Edit]:
+    for old, new in servers.kept:
+        if replace(old, destinations=()) != replace(new, destinations=()):
+            yield ChangeServer(old, new)
+        weights = {(each.address, each.port): each.weight for each in old.destinations}
+        for each in new.destinations:
+            weight = weights.get((each.address, each.port))
+            if weight is None:
+                yield AddDestination(new, each)
+            elif weight != each.weight:
+                yield ChangeDestination(new, each)
 
 
 def _route_edits(
