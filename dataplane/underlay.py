@@ -14,14 +14,19 @@ import numpy as np
 from dataplane import pipeline
 from dataplane.apply import UNDERLAY, UPLINK
 from dataplane.batch import TUNNEL_PORT_HIGH, TUNNEL_PORT_LOW
+from dataplane.control import claims
+from dataplane.control.claims import Claims
 from dataplane.control.state import DesiredState
 from dataplane.devices import netlink
 from dataplane.devices.device import DeviceError, register
+from dataplane.devices.filter import FilterError, Instruction, prefix_filter
 from dataplane.devices.netlink import Link, LinkEvent, Monitor
 from dataplane.devices.uplink import Uplink
 from dataplane.devices.vxlan_socket import PORT_HIGH, PORT_LOW, VxlanSocket
 from dataplane.engine import Engine
 from dataplane.tables.interface import UP, Driver, Role
+
+EVERYTHING = IPv4Network("0.0.0.0/0")
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +86,7 @@ class Underlay:
             self._set(up=False)
 
     def _open_packet_socket(self) -> Uplink:
-        return Uplink(self._wanted.interface, self._state.pod_network.cidrs)
+        return Uplink(self._wanted.interface, _filter(claims.of(self._state)))
 
     def _open_tunnel(self) -> VxlanSocket:
         vxlan = self._state.vxlan
@@ -99,10 +104,10 @@ class Underlay:
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._hear)
 
     def follow(self, state: DesiredState) -> None:
-        """Take over a new desired state: other blocks need another filter."""
+        """Take over a new desired state: other blocks and services need another filter."""
         self._state = state
         if self._packet_socket is not None:
-            self._packet_socket.set_prefixes(state.pod_network.cidrs)
+            self._packet_socket.set_filter(_filter(claims.of(state)))
 
     def close(self) -> None:
         """Stop reading and close everything; a second call does nothing."""
@@ -169,3 +174,14 @@ class Underlay:
             if lost > 0:
                 pipeline.count_lost(self._engine.tables.counters, lost)
                 self._interfaces["rx_dropped"][row] += np.uint64(lost)
+
+
+def _filter(ours: Claims) -> tuple[Instruction, ...]:
+    """Return the program that takes what is ours; with more services than it can hold, whatever is not the host's."""
+    shared = ours.addresses if ours.shared else ()
+    prefixes = ours.arrivals if ours.shared else (*ours.arrivals, *map(IPv4Network, ours.addresses))
+    try:
+        return prefix_filter(prefixes, shared, ours.ranges)
+    except FilterError as error:
+        log.warning("every packet that is not the host's is looked at: %s", error)
+        return prefix_filter([EVERYTHING], shared, ours.ranges)

@@ -1,10 +1,10 @@
 import socket
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scapy.layers.inet import IP, UDP
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_Router_Alert
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
@@ -73,6 +73,86 @@ def test_the_prefix_of_length_zero_takes_every_packet_of_its_family(pair):
 def test_a_filter_that_takes_nothing(pair):
     attach(pair[0], NOTHING)
     assert not any(taken(pair, ETHER / ARP(), to("10.244.0.1")))
+
+
+# --- an address that the host has, too -------------------------------------------------------------------------------
+
+NODE, SECOND = IPv4Address("192.0.2.11"), IPv4Address("192.0.2.12")
+PORTS = [(30000, 32767), (61000, 65535)]
+BORDERS = [1, 29999, 30000, 32767, 32768, 60999, 61000, 65535]
+
+
+def at_the_node(layer: Packet, address: IPv4Address = NODE, **header) -> Packet:
+    return ETHER / IP(src="198.51.100.9", dst=str(address), **header) / layer
+
+
+@pytest.fixture
+def shared(pair):
+    attach(pair[0], prefix_filter([PODS], [NODE, SECOND], PORTS))
+    return pair
+
+
+@pytest.mark.parametrize("options", [[], [IPOption_Router_Alert()]], ids=["plain", "options"])
+@pytest.mark.parametrize("address", [NODE, SECOND])
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_of_a_shared_address_only_our_ports_are_taken(shared, protocol, address, options):
+    frames = [at_the_node(protocol(sport=30001, dport=port), address, options=options) for port in BORDERS]
+    assert taken(shared, *frames) == [any(first <= port <= last for first, last in PORTS) for port in BORDERS]
+
+
+def test_of_a_shared_address_echo_requests_are_the_hosts_and_other_icmp_is_for_both(shared):
+    kinds = [0, 3, 4, 5, 8, 11, 12]
+    assert taken(shared, *(at_the_node(ICMP(type=kind)) for kind in kinds)) == [kind != 8 for kind in kinds]
+
+
+def test_later_fragments_to_a_shared_address_are_taken_since_their_ports_are_not_known(shared):
+    # The words where ports and type would be are those of a packet that is left to the host.
+    assert (
+        taken(shared, at_the_node(UDP(dport=53), frag=185), at_the_node(ICMP(type=8), frag=1, flags="MF")) == [True] * 2
+    )
+    assert taken(shared, at_the_node(UDP(dport=53), flags="MF"), at_the_node(UDP(dport=30000), flags="MF")) == [
+        False,
+        True,
+    ]
+
+
+def test_of_a_shared_address_no_other_protocol_is_taken(shared):
+    assert not any(taken(shared, *(at_the_node(Raw(b"\x75\x30" * 20), proto=number) for number in (2, 4, 47, 50, 132))))
+
+
+def test_a_shared_address_inside_a_prefix_is_still_shared(pair):
+    attach(pair[0], prefix_filter([IPv4Network("192.0.2.0/24")], [NODE], PORTS))
+    assert taken(pair, at_the_node(UDP(dport=53)), at_the_node(UDP(dport=30000)), to("192.0.2.12")) == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_shared_address_changes_nothing_for_others(shared):
+    assert taken(shared, ETHER / ARP(), to("10.244.0.1"), to("192.0.2.13"), to("fd00::1")) == [True, True, False, False]
+
+
+def test_a_truncated_packet_to_a_shared_address_is_left(shared):
+    whole = bytes(at_the_node(UDP(dport=30000)))
+    assert taken(shared, *(whole[:length] for length in (14, 20, 24, 34, 37, 38))) == [False] * 5 + [True]
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.ip_addresses(v=4), max_size=200, unique=True),
+    st.lists(st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(sorted).map(tuple), max_size=4),
+    st.data(),
+)
+def test_the_filter_of_shared_addresses_agrees_with_its_description(pair, addresses, ports, data):
+    attach(pair[0], prefix_filter([PODS], addresses, ports))
+    address = data.draw(st.sampled_from([*addresses, IPv4Address("10.244.3.3")]))
+    port = data.draw(st.sampled_from([1, 65535, *(edge for pair_of in ports for edge in pair_of)]))
+    expected = any(first <= port <= last for first, last in ports) if address in addresses else address in PODS
+    assert taken(pair, at_the_node(UDP(dport=port), address)) == [expected]
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
 
 
 def prefixes(bits: int) -> st.SearchStrategy[IPv4Network | IPv6Network]:

@@ -24,6 +24,7 @@ from scapy.packet import Packet, Raw
 from dataplane.batch import GSO_UDP_L4, NEEDS_CSUM, Batch, make_batch
 from dataplane.codecs.partial import UNFINISHED, partial_state
 from dataplane.devices.device import DeviceError
+from dataplane.devices.filter import prefix_filter
 from dataplane.devices.memory import Vnet
 from dataplane.devices.tap import OFFLOADS, TUNSETOFFLOAD, Tap
 from dataplane.devices.uplink import Uplink
@@ -212,7 +213,7 @@ def test_a_tap_in_use_is_refused_and_no_other_file_is_closed(pod, tap):
 
 @pytest.mark.parametrize(
     ("open_device", "capability"),
-    [(lambda: Tap("dt9"), "CAP_NET_ADMIN"), (lambda: Uplink("lo", []), "CAP_NET_RAW")],
+    [(lambda: Tap("dt9"), "CAP_NET_ADMIN"), (lambda: Uplink("lo", prefix_filter([])), "CAP_NET_RAW")],
     ids=["tap", "uplink"],
 )
 def test_without_permission_the_error_names_the_capability(pod, open_device, capability):

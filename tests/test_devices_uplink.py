@@ -18,6 +18,7 @@ from scapy.packet import Raw
 
 from dataplane.batch import GSO_UDP_L4, NEEDS_CSUM, Batch, make_batch
 from dataplane.devices.device import DeviceError
+from dataplane.devices.filter import prefix_filter
 from dataplane.devices.memory import Vnet
 from dataplane.devices.uplink import Uplink
 from tests.spaces import (
@@ -61,7 +62,7 @@ LB = [IPv4Network("192.0.2.48/28")]
 
 @pytest.fixture
 def uplink(host: Space, lan: Space) -> Uplink:
-    return host.open(lambda: Uplink("up0", LB))
+    return host.open(lambda: Uplink("up0", prefix_filter(LB)))
 
 
 def test_the_uplink_takes_what_is_for_its_prefixes_and_leaves_the_rest_to_the_host(uplink, lan, batch):
@@ -76,14 +77,14 @@ def test_the_uplink_takes_what_is_for_its_prefixes_and_leaves_the_rest_to_the_ho
 
 def test_the_prefixes_can_be_replaced(uplink, lan, batch):
     sender = lan.udp("192.0.2.9", 4000)
-    uplink.set_prefixes([IPv4Network("192.0.2.1/32")])
+    uplink.set_filter(prefix_filter([IPv4Network("192.0.2.1/32")]))
     sender.sendto(b"no", ("192.0.2.50", 53))
     sender.sendto(b"yes", ("192.0.2.1", 53))
     assert [bytes(Ether(frame)[UDP].payload) for frame in read(uplink, batch)] == [b"yes"]
 
 
 def test_the_uplink_hears_arp_but_not_what_the_host_itself_sends(uplink, host, lan, batch):
-    uplink.set_prefixes([IPv4Network("0.0.0.0/0")])
+    uplink.set_filter(prefix_filter([IPv4Network("0.0.0.0/0")]))
     host.udp("192.0.2.1", 4000).sendto(b"own", ("192.0.2.9", 4001))
     lan.ip("neigh", "del", "192.0.2.50", "dev", "lan0")
     lan.udp("192.0.2.9", 4000).sendto(b"who has", ("192.0.2.50", 53))
@@ -134,6 +135,6 @@ def test_an_interface_that_goes_down_is_an_error_once(uplink, host, batch):
 def test_an_interface_that_does_not_exist_is_named(host):
     def attempt() -> None:
         with pytest.raises(DeviceError, match="none0: set up the packet socket: No such device"):
-            Uplink("none0", LB)
+            Uplink("none0", prefix_filter(LB))
 
     host.run(attempt)

@@ -22,6 +22,7 @@ from scapy.packet import Raw
 from dataplane.batch import ENCAPSULATED, GSO_UDP_L4, NEEDS_CSUM, Batch, make_batch
 from dataplane.codecs.partial import COMPLETE, UNFINISHED, partial_state
 from dataplane.devices.device import DeviceError, interface_ioctl
+from dataplane.devices.filter import prefix_filter
 from dataplane.devices.memory import Vnet, load
 from dataplane.devices.uplink import RECEIVE_BUFFER, SEND_BUFFER, Uplink
 from dataplane.devices.vxlan_socket import VxlanSocket
@@ -118,7 +119,7 @@ def test_p2_a_veth_underlay_hands_over_whole_super_frames(tunnel, lan, batch):
 
 def test_the_kernel_takes_what_we_send_through_the_tunnel(tunnel, lan, batch):
     receiver = lan.udp("10.244.9.9", 53)
-    watcher = lan.open(lambda: Uplink("lan0", [IPv4Network("192.0.2.9/32")]))
+    watcher = lan.open(lambda: Uplink("lan0", prefix_filter([IPv4Network("192.0.2.9/32")])))
     inner = Ether(src=VTEP_MAC, dst=VX_MAC) / IP(src="10.244.9.1", dst="10.244.9.9") / UDP(sport=4000, dport=53)
     frame = partial(Ether(bytes(inner / Raw(b"x" * 500))))
     vnet = Vnet(NEEDS_CSUM, csum_start=84, csum_offset=6)

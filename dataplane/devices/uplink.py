@@ -1,17 +1,16 @@
 """The uplink: a packet socket on the node's own network interface, beside the host's network stack.
 
-The host sees the same frames as we do; the filter keeps what is not for the pods away from us, the guard stage keeps us
-from answering what the host answers. Frames carry a virtio header in both directions, so the interface's offloads are
-used: super-frames are cut by the hardware, or by the kernel on our behalf.
+The host sees the same frames as we do; the filter keeps away from us what is the host's alone, and a rule of the kernel
+(``firewall``) keeps away from the host what is ours. Frames carry a virtio header in both directions, so the
+interface's offloads are used: super-frames are cut by the hardware, or by the kernel on our behalf.
 """
 
 import socket
 import struct
 from collections.abc import Iterable
-from ipaddress import IPv4Network, IPv6Network
 
 from dataplane.devices.device import KernelDevice, interface_mac, interface_mtu, translated
-from dataplane.devices.filter import attach, prefix_filter
+from dataplane.devices.filter import Instruction, attach
 from dataplane.tables.interface import Driver
 
 ETH_P_ALL = 0x0003
@@ -36,19 +35,17 @@ class Uplink(KernelDevice):
 
     driver = Driver.PACKET
 
-    def __init__(self, name: str, prefixes: Iterable[IPv4Network | IPv6Network]) -> None:
-        """Open the socket; it takes ARP and what is addressed to ``prefixes``.
+    def __init__(self, name: str, program: Iterable[Instruction]) -> None:
+        """Open the socket; it takes what a filter's program takes.
 
         The filter is attached before the socket is bound: no other frame is ever queued.
 
         Raises:
             DeviceError: Not permitted, or no such interface.
-            FilterError: Too many prefixes.
         """
         super().__init__()
         self.name = name
         self._packets = self._drops = 0
-        program = prefix_filter(prefixes)
         with translated(name, "open a packet socket", _CAPABILITY):
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         try:
@@ -63,9 +60,8 @@ class Uplink(KernelDevice):
             self._socket.close()
             raise
 
-    def set_prefixes(self, prefixes: Iterable[IPv4Network | IPv6Network]) -> None:
-        """Replace the prefixes whose packets are taken; nothing is lost in between."""
-        program = prefix_filter(prefixes)
+    def set_filter(self, program: Iterable[Instruction]) -> None:
+        """Replace the filter; nothing is lost in between."""
         with translated(self.name, "replace the filter"):
             attach(self._socket, program)
 
