@@ -1,6 +1,6 @@
 """The stages in order, as one compiled call per burst.
 
-receive ▸ parse ▸ decapsulate ▸ arp ▸ guard ▸ defrag ▸ route ▸ encapsulate ▸ transmit ▸ tally
+receive ▸ parse ▸ decapsulate ▸ arp ▸ guard ▸ defrag ▸ conntrack ▸ route ▸ nat ▸ encapsulate ▸ transmit ▸ tally
 
 Stage by stage over the whole batch, never one fused loop per packet: the fused loop is 3-5 times slower once tables
 outgrow the L2 cache. A call from Python costs about 1 us, so a burst is one call whatever it does.
@@ -23,19 +23,27 @@ from dataplane.batch import (
     OWES_ERROR,
     RECEIVED,
     SETTING_COUNT,
+    TCP_LIBERAL,
+    TCP_LOOSE,
 )
 from dataplane.devices.receive import receive
 from dataplane.devices.transmit import transmit
 from dataplane.jit import Array, kernel
 from dataplane.stages.arp import arp
+from dataplane.stages.conntrack import conntrack
 from dataplane.stages.defrag import defrag, make_assembly, reclaim
 from dataplane.stages.guard import guard
+from dataplane.stages.nat import nat
 from dataplane.stages.parse import parse
 from dataplane.stages.route import route
 from dataplane.stages.vxlan import decapsulate, encapsulate
+from dataplane.tables.flow import FlowTable, make_timeouts
 from dataplane.tables.interface import INTERFACE, INTERFACES
 from dataplane.tables.neighbour import NeighbourTable
+from dataplane.tables.persistence import TemplateTable
+from dataplane.tables.policy import PolicyTable
 from dataplane.tables.route import Kind, Route, RouteTable
+from dataplane.tables.service import ServiceTable
 from dataplane.tables.vtep import VtepTable
 from dataplane.verdict import Reason, Verdict
 
@@ -51,9 +59,10 @@ class Tables:
         counters: ``(COUNTER_COUNT,)`` uint64.
         settings: ``(SETTING_COUNT,)`` uint64, indexed by the names in ``batch``.
         assembly: what ``defrag`` holds.
+        timeouts: ``(TIMEOUT_COUNT,)`` int64 ns, indexed by ``tables.flow.Timeout``.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, flows: int = 1 << 18) -> None:
         self.interfaces: Array = np.zeros(INTERFACES, INTERFACE)
         self.counters: Array = np.zeros(COUNTER_COUNT, np.uint64)
         self.settings: Array = np.zeros(SETTING_COUNT, np.uint64)
@@ -61,6 +70,12 @@ class Tables:
         self.neighbours = NeighbourTable(seed=seed)
         self.vteps = VtepTable(seed=seed)
         self.assembly = make_assembly()
+        self.flows = FlowTable(flows, seed=seed)
+        self.services = ServiceTable(seed=seed)
+        self.policies = PolicyTable()
+        self.templates = TemplateTable(seed=seed)
+        self.timeouts: Array = make_timeouts()
+        self.settings[TCP_LIBERAL] = self.settings[TCP_LOOSE] = 1
         self.counters[ERROR_TOKENS] = ERROR_BURST
 
     def warm_up(self) -> None:
@@ -83,10 +98,15 @@ class Tables:
             self.neighbours.arrays,
             self.vteps.arrays,
             self.assembly,
+            self.flows.arrays,
+            self.services.arrays,
+            self.policies.arrays,
+            self.templates.arrays,
+            self.timeouts,
         )
 
 
-STAGES = (parse, decapsulate, arp, guard, defrag, route, encapsulate)
+STAGES = (parse, decapsulate, arp, guard, defrag, conntrack, route, nat, encapsulate)
 """Every stage has the signature ``stage(batch, count, tables, now)``."""
 
 
@@ -122,7 +142,9 @@ def process(batch: Any, count: int, tables: Any, now: int) -> None:
     arp(batch, count, tables, now)
     guard(batch, count, tables, now)
     defrag(batch, count, tables, now)
+    conntrack(batch, count, tables, now)
     route(batch, count, tables, now)
+    nat(batch, count, tables, now)
     encapsulate(batch, count, tables, now)
 
 

@@ -54,8 +54,12 @@ ERRORS: dict[Reason, tuple[int, int]] = {
     Reason.ROUTE_UNREACHABLE: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_HOST),
     Reason.NEIGH_UNRESOLVED: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_HOST),
     Reason.LOCAL_NO_LISTENER: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_PORT),
+    Reason.SVC_NO_ENDPOINTS: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_PORT),
+    Reason.SVC_VIP_CLOSED_PORT: (icmp.ICMP_UNREACH, icmp.ICMP_UNREACH_PORT),
 }
 """The ICMP type and code that a dropped packet's sender is told."""
+
+_AT_OURS = frozenset({Reason.LOCAL_NO_LISTENER, Reason.SVC_NO_ENDPOINTS, Reason.SVC_VIP_CLOSED_PORT})
 
 
 @dataclass(slots=True)
@@ -139,6 +143,8 @@ class SlowPath:
             yield from self.resolver.hold(_snapshot(batch, row), next_hop, now)
         elif reason == Reason.LOCAL_DELIVERY:
             yield from self._deliver(batch, row)
+        elif reason == Reason.CT_NOT_SYN:
+            yield from self._reset(_ip_bytes(batch, row))
         else:
             yield from self._error(_ip_bytes(batch, row), reason, int(packet["mtu"]))
 
@@ -170,8 +176,17 @@ class SlowPath:
             return
         self.answered["errors sent"] += 1
         # What was sent to one of our addresses is answered from there.
-        source = packet[16:20] if reason == Reason.LOCAL_NO_LISTENER else self._source(packet[12:16])
+        source = packet[16:20] if reason in _AT_OURS else self._source(packet[12:16])
         yield Outgoing(icmp_error(packet, source, kind, code, mtu if reason == Reason.MTU_DF else 0))
+
+    def _reset(self, packet: bytes) -> Iterator[Outgoing]:
+        """Yield the RST for a TCP segment to a service whose connection is not known (any more)."""
+        frame = tcp_reset(packet)
+        if frame is None or not self._limit.allows(packet[12:16], self._now):
+            self.answered["errors limited"] += frame is not None
+            return
+        self.answered["resets sent"] += 1
+        yield Outgoing(frame)
 
     def _source(self, destination: bytes) -> bytes:
         """Return the address that errors come from: the tunnel's when they go back through it, else the node's."""
@@ -248,6 +263,23 @@ def echo_reply(packet: bytes) -> bytes | None:
     name = int.from_bytes(packet[4:6])
     ip = dpkt.ip.IP(src=packet[16:20], dst=packet[12:16], p=packet[9], tos=packet[1], id=name, data=message)
     return _frame(ip)
+
+
+def tcp_reset(packet: bytes) -> bytes | None:
+    """Return the frame that answers a TCP segment of no connection (RFC 9293 3.10.7.1); None for a RST."""
+    if packet[0] >> 4 != 4 or packet[9] != dpkt.ip.IP_PROTO_TCP:
+        return None
+    segment = packet[(packet[0] & 15) * 4 :]
+    if len(segment) < 20 or segment[13] & dpkt.tcp.TH_RST:
+        return None
+    sport, dport, seq, ack, offset, flags = struct.unpack_from("!HHIIBB", segment)
+    if flags & dpkt.tcp.TH_ACK:
+        answer = dpkt.tcp.TCP(sport=dport, dport=sport, seq=ack, flags=dpkt.tcp.TH_RST, win=0)
+    else:
+        length = len(segment) - (offset >> 4) * 4 + bool(flags & dpkt.tcp.TH_SYN) + bool(flags & dpkt.tcp.TH_FIN)
+        both = dpkt.tcp.TH_RST | dpkt.tcp.TH_ACK
+        answer = dpkt.tcp.TCP(sport=dport, dport=sport, seq=0, ack=(seq + length) & 0xFFFF_FFFF, flags=both, win=0)
+    return _frame(dpkt.ip.IP(src=packet[16:20], dst=packet[12:16], p=dpkt.ip.IP_PROTO_TCP, data=answer))
 
 
 def _with_checksum(message: bytes) -> bytes:

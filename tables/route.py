@@ -32,6 +32,7 @@ class Kind(IntEnum):
 
 
 ANNOUNCED = 1  # flag: this node answers for the address on the LAN
+HOSTED = 2  # flag of a LOCAL route: the host's own stack has the address
 
 ROUTE = np.dtype(
     {

@@ -22,21 +22,28 @@ from dataplane.stages.parse import parse
 from dataplane.tables.address import halves, parse_mac
 from dataplane.tables.interface import OFFLOAD, UP, Driver, Role
 from dataplane.tables.neighbour import State
-from dataplane.tables.route import Kind, Route
+from dataplane.tables.policy import Exposure, Pool
+from dataplane.tables.route import HOSTED, Kind, Route
+from dataplane.tables.service import Destination, Service
 from dataplane.verdict import Reason, Verdict
 
-UPLINK, UNDERLAY, POD_A, POD_B = 1, 2, 3, 4
+UPLINK, UNDERLAY, POD_A, POD_B, HOST = 1, 2, 3, 4, 5
 GATEWAY_MAC = "ee:ee:ee:ee:ee:ee"
 MAC_A, MAC_B = "02:00:0a:f4:01:0a", "02:00:0a:f4:01:0b"
 IP_A, IP_B, IP_FREE = "10.244.1.10", "10.244.1.11", "10.244.1.99"
 IP_REMOTE, IP_LOST = "10.244.2.10", "10.244.3.10"
 NODE, PEER, STRANGER, LAN_GATEWAY = "192.0.2.11", "192.0.2.12", "192.0.2.66", "192.0.2.1"
+HOST_MAC = "02:00:00:00:00:d0"
 UPLINK_MAC, LAN_MAC = "02:00:c0:00:02:0b", "02:00:c0:00:02:01"
 VTEP, PEER_VTEP = "66:00:00:00:00:01", "66:00:00:00:00:02"
 OUTSIDE = "198.51.100.7"
 TUNNEL_ADDRESS = "10.244.1.1"
 SECOND = 1_000_000_000
 POD_MTU = 1450
+FLOWS = 256
+VIP, LB_IP = "10.96.0.20", "203.0.113.200"
+CLUSTER, SERVICES = "10.244.0.0/16", "10.96.0.0/12"
+PROTOCOLS = {"tcp": 6, "udp": 17}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class World:
     """Tables as ``node`` would make them, with memory devices."""
 
     def __init__(self, offload: bool = True) -> None:
-        self.tables = pipeline.Tables(seed=7)
+        self.tables = pipeline.Tables(seed=7, flows=FLOWS)
         self.batch = b.make_batch()
         self.io = IoBuffers()
         self.now = 1_000 * SECOND
@@ -82,9 +89,14 @@ class World:
         self.route("10.244.1.0/24", Route(Kind.BLACKHOLE))
         self.route("10.244.2.0/24", Route(Kind.TUNNEL, vtep=self.peer))
         self.route("10.244.3.0/24", Route(Kind.TUNNEL, vtep=-1))
+        self.route(SERVICES, Route(Kind.BLACKHOLE))
         self.route("203.0.113.0/24", Route(Kind.UNREACHABLE))
         self.route("192.0.2.0/24", Route(Kind.VIA, UPLINK))
         self.route("198.51.100.0/24", Route(Kind.VIA, UPLINK, ip_address(LAN_GATEWAY)))
+        settings[b.TUNNEL_LO] = halves(TUNNEL_ADDRESS)[1]
+        settings[b.NAT_RANDOM] = 1
+        self.route(f"{TUNNEL_ADDRESS}/32", Route(Kind.LOCAL))
+        self.tables.policies.set_pools([(Pool.CLUSTER, ip_network(CLUSTER)), (Pool.OUTGOING, ip_network(CLUSTER))])
 
     def interface(self, index: int, role: Role, flags: int, mtu: int, mac: str, peer: str = "") -> None:
         row = self.tables.interfaces[index]
@@ -99,6 +111,36 @@ class World:
         entry = self.tables.neighbours.records[row]
         entry["mac"], entry["state"] = parse_mac(mac), state
         return row
+
+    def service(
+        self,
+        address: str,
+        port: int,
+        *backends: tuple[str, int],
+        protocol: str = "tcp",
+        exposure: Exposure = Exposure.CLUSTER_IP,
+        how: Service | None = None,
+        **policy: Any,
+    ) -> int:
+        """A service with these backends, the last of which is the first in ip_vs's list; its address gets a route."""
+        row = self.tables.services.set(PROTOCOLS[protocol], ip_address(address), port, how or Service())
+        for backend, backend_port in backends:
+            self.tables.services.add(row, ip_address(backend), backend_port, Destination())
+        self.tables.policies.set(row, exposure, **policy)
+        if exposure != Exposure.NODE_PORT:
+            self.route(f"{address}/32", Route(Kind.SERVICE))
+        return row
+
+    def host(self) -> None:
+        """Give the node a host's device, dp0."""
+        self.interface(HOST, Role.HOST, UP | OFFLOAD, POD_MTU, HOST_MAC, HOST_MAC)
+        self.tables.settings[b.HOST_INTERFACE] = HOST
+        self.route(f"{NODE}/32", Route(Kind.LOCAL, flags=HOSTED))
+
+    @property
+    def flows(self) -> int:
+        """How many flows are known."""
+        return len(self.tables.flows)
 
     def load(self, frames: Sequence[Any], iif: int, vnet: Sequence[Vnet] = (), flags: int = 0) -> int:
         count = load(self.batch, [bytes(frame) for frame in frames], iif, vnet)

@@ -2,16 +2,17 @@
 
 A pod's link carries one MAC address and the pod's own addresses; everything else on it is spoofed. That is the kernel's
 strict ``rp_filter`` plus Calico's workload rules: no VXLAN and no IP-in-IP from a pod, or it could speak as a node.
-From the LAN and from the tunnel come only packets whose source is not here (B2, B4).
+From the LAN and from the tunnel come only packets whose source is not here, from the host's own device only the node's
+(B2, B4).
 
-Steals: host.owned. Drops: l2.spoofed-src, ip.spoofed-src, ip.martian, ip.multicast, tunnel.from-pod.
+Drops: l2.spoofed-src, ip.spoofed-src, ip.martian, ip.multicast, tunnel.from-pod.
 """
 
 from typing import Any
 
 import numpy as np
 
-from dataplane.batch import INJECTED, INTERFACE_TABLE, IPV6, ROUTES, SETTINGS, TUNNEL_PORT, TUNNELED
+from dataplane.batch import INJECTED, INTERFACE_TABLE, IPV6, ROUTES, SETTINGS, TUNNEL_PORT
 from dataplane.codecs import ethernet
 from dataplane.jit import kernel, load8
 from dataplane.tables import route
@@ -36,11 +37,14 @@ def guard(batch: Any, count: int, tables: Any, now: int) -> None:
         if why == Reason.ACCEPTED and load8(data, packet["start"]) & 1:
             why = _to_many(packet, tables)
         if why == Reason.ACCEPTED:
-            pod = interfaces[packet["iif"]]["role"] == Role.POD
-            why = _from_pod(data, packet, tables) if pod else _from_outside(packet, tables)
-        if why == Reason.HOST_OWNED:
-            packet["verdict"], packet["reason"] = Verdict.STOLEN, why
-        elif why != Reason.ACCEPTED:
+            role = int(interfaces[packet["iif"]]["role"])
+            if role == Role.POD:
+                why = _from_pod(data, packet, tables)
+            elif role == Role.HOST:
+                why = _from_host(packet, tables)
+            else:
+                why = _from_outside(packet, tables)
+        if why != Reason.ACCEPTED:
             packet["verdict"], packet["reason"] = Verdict.DROP, why
 
 
@@ -105,16 +109,20 @@ def _from_pod(data: Any, packet: Any, tables: Any) -> int:
 
 
 @kernel
-def _from_outside(packet: Any, tables: Any) -> int:
-    """Return what is wrong with a packet from LAN or tunnel: its source lives here, or it is meant for the host."""
+def _from_host(packet: Any, tables: Any) -> int:
+    """Return what is wrong with a packet from the host's own device: only the node itself is behind it."""
     routes = tables[ROUTES]
-    table = routes[-1]
     back = route.lookup(routes, packet["src_hi"], packet["src_lo"])
-    if back >= 0 and table[back]["kind"] in (Kind.POD, Kind.LOCAL, Kind.BLACKHOLE):
+    if back < 0 or routes[-1][back]["kind"] != Kind.LOCAL:
+        return Reason.IP_SPOOFED_SRC
+    return Reason.ACCEPTED
+
+
+@kernel
+def _from_outside(packet: Any, tables: Any) -> int:
+    """Return what is wrong with a packet from LAN or tunnel: its source lives here."""
+    routes = tables[ROUTES]
+    back = route.lookup(routes, packet["src_hi"], packet["src_lo"])
+    if back >= 0 and routes[-1][back]["kind"] in (Kind.POD, Kind.LOCAL, Kind.BLACKHOLE, Kind.SERVICE):
         return Reason.IP_MARTIAN
-    if int(packet["flags"]) & TUNNELED == 0:
-        target = route.lookup(routes, packet["dst_hi"], packet["dst_lo"])
-        # The node's own addresses belong to the host's stack, which gets its own copy from the shared uplink.
-        if target >= 0 and table[target]["kind"] == Kind.LOCAL:
-            return Reason.HOST_OWNED
     return Reason.ACCEPTED

@@ -18,6 +18,7 @@ from dataplane.batch import (
     DONT_FRAGMENT,
     GSO_NONE,
     GSO_UDP_L4,
+    HOST_INTERFACE,
     INJECTED,
     INTERFACE_TABLE,
     IPV6,
@@ -25,6 +26,7 @@ from dataplane.batch import (
     OWES_ERROR,
     REASSEMBLED,
     ROUTES,
+    SETTINGS,
     VTEPS,
 )
 from dataplane.codecs import checksum, ethernet
@@ -32,7 +34,7 @@ from dataplane.jit import kernel, load8, load16, prefetch, store8, store16
 from dataplane.tables import neighbour
 from dataplane.tables import route as fib
 from dataplane.tables.neighbour import State
-from dataplane.tables.route import Kind
+from dataplane.tables.route import HOSTED, Kind
 from dataplane.verdict import Reason, Verdict
 
 _TCP = 6
@@ -80,8 +82,10 @@ def _forward(data: Any, packet: Any, tables: Any, now: int) -> int:
         return Reason.ROUTE_BLACKHOLE
     if kind == Kind.UNREACHABLE:
         return Reason.ROUTE_UNREACHABLE
-    if kind == Kind.LOCAL:
+    if kind == Kind.SERVICE:
         return Reason.LOCAL_DELIVERY
+    if kind == Kind.LOCAL:
+        return _to_host(data, packet, tables, int(hop["flags"]))
     injected = int(packet["flags"]) & INJECTED
     if not injected and int(packet["ttl"]) <= 1:
         return Reason.IP_TTL
@@ -115,6 +119,28 @@ def _forward(data: Any, packet: Any, tables: Any, now: int) -> int:
     packet["next_hi"] = packet["dst_hi"] if on_link else hop["gateway_hi"]
     packet["next_lo"] = packet["dst_lo"] if on_link else hop["gateway_lo"]
     return _resolve(data, packet, tables, now)
+
+
+@kernel
+def _to_host(data: Any, packet: Any, tables: Any, flags: int) -> int:
+    """Hand a packet for the node to the host's own stack, or leave it to the slow path, which answers pings.
+
+    It has arrived: its TTL stays, and what came whole stays whole.
+    """
+    host = int(tables[SETTINGS][HOST_INTERFACE])
+    if host == 0 or flags & HOSTED == 0:
+        return Reason.LOCAL_DELIVERY
+    interface = tables[INTERFACE_TABLE][host]
+    packet["oif"] = host
+    packet["mtu"] = interface["mtu"]
+    ethernet.emit(
+        data,
+        int(packet["l3"]) - ethernet.HEADER,
+        int(interface["peer_mac"]),
+        int(interface["mac"]),
+        int(packet["ethertype"]),
+    )
+    return Reason.ACCEPTED
 
 
 @kernel
