@@ -32,10 +32,10 @@ from tests.netns.harness import READY_TIMEOUT, Namespace, Network, Node, Process
 from tests.netns.peers import Member
 
 NETEXEC = Path(__file__).with_name("netexec.py")
-HTTP, UDP, ALIAS = 8080, 8081, 8082  # netexec: tcp, udp, and both once more
+HTTP, UDP_PORT, ALIAS = 8080, 8081, 8082  # netexec: tcp, udp, and both once more
 LAN = "192.0.2.0/24"
 EXT, EXT2 = "192.0.2.100", "192.0.2.101"
-SERVED = (f"tcp:{HTTP}", f"udp:{UDP}", f"tcp:{ALIAS}", f"udp:{ALIAS}")
+SERVED = (f"tcp:{HTTP}", f"udp:{UDP_PORT}", f"tcp:{ALIAS}", f"udp:{ALIAS}")
 VIPS = ("10.96.0.0/12", "203.0.113.0/24")  # reached through the first node
 BALANCING: Mapping[str, Any] = {"clusterCIDR": ["10.244.0.0/16"], "serviceCIDR": ["10.96.0.0/12"]}
 
@@ -58,7 +58,7 @@ def selftest(name: str, file: str) -> pytest.MarkDecorator:
 def port(number: int, target: int | str | None = None, protocol: str = "tcp", *, node: int = 0, name: str = "") -> Spec:
     """Return one port of a service."""
     made = {"name": name or f"{protocol}-{number}", "protocol": protocol.upper(), "port": number}
-    default = {"tcp": HTTP, "udp": UDP}[protocol]
+    default = {"tcp": HTTP, "udp": UDP_PORT}[protocol]
     return made | {"targetPort": target or default} | ({"nodePort": node} if node else {})
 
 
@@ -118,7 +118,6 @@ class Spot(NamedTuple):
 
     vip: str
     node_port: int
-    load_balancer: str
     external: str
 
 
@@ -159,7 +158,7 @@ class Cluster:
     def spot(self) -> Spot:
         """Return addresses that were not used before."""
         number = next(self._numbers)
-        return Spot(f"10.96.0.{number}", 30100 + number, f"192.0.2.{120 + number}", f"203.0.113.{number}")
+        return Spot(f"10.96.0.{number}", 30100 + number, f"203.0.113.{number}")
 
     def where(self, name: str) -> Namespace:
         """Return the namespace of a pod, of ``ext``, of ``node`` (the first) or of ``node2``."""
@@ -228,23 +227,29 @@ def make_cluster(
     balancing: Mapping[str, Any] | None = None,
     static: Sequence[Spec] = (),
     shared: bool = True,
+    others: Sequence[tuple[Namespace, str]] = (),
+    gateway: str = EXT,
 ) -> Cluster:
-    """Start as many nodes as ``pods`` has elements, each with these pods (address by name)."""
+    """Start as many nodes as ``pods`` has elements, each with these pods (address by name).
+
+    ``others`` are on the LAN, too; ``gateway`` is where the nodes send what they have no route for.
+    """
     members = [ours.member(network, number) for number in range(1, len(pods) + 1)]
     made = Cluster(network, members, network.namespace("ext"))
     made.hosts += [network.namespace(f"host{number}") for number in range(1, len(pods) + 1)]
     network.lan(
         (made.ext, f"{EXT}/24"),
         *[(host, f"{each.address}/24") for host, each in zip(made.hosts, members, strict=True)],
+        *others,
     )
     made.ext.ip("address", "add", f"{EXT2}/24", "dev", "eth0")
     for prefix in VIPS:
         made.ext.ip("route", "add", prefix, "via", made.address)
     for host, me, own in zip(made.hosts, members, pods, strict=True):
-        host.ip("route", "add", "default", "via", EXT)
+        host.ip("route", "add", "default", "via", gateway)
         if not shared:
             host.ip("address", "flush", "dev", "eth0")
-        text = ours.config(me, own, [each for each in members if each is not me], routes={"0.0.0.0/0": EXT})
+        text = ours.config(me, own, [each for each in members if each is not me], routes={"0.0.0.0/0": gateway})
         text = with_services(text, balancing=balancing or BALANCING, static=static, shared=shared)
         made.nodes.append(network.node(host, me.name.removeprefix(network.prefix), text))
     for process in [node.launch() for node in made.nodes]:

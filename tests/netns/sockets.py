@@ -49,21 +49,21 @@ def inside(namespace: Namespace, function: Callable[[], Result]) -> Result:
         os.close(fd)
 
 
-def udp_socket(namespace: Namespace, port: int = 0) -> socket.socket:
+def udp_socket(namespace: Namespace, port: int = 0, address: str = "0.0.0.0") -> socket.socket:
     """Return an unconnected UDP socket; errors that ICMP reports are raised on it, too (``IP_RECVERR``)."""
     made = inside(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     made.setsockopt(socket.IPPROTO_IP, 11, 1)
-    made.bind(("0.0.0.0", port))
+    made.bind((address, port))
     made.settimeout(PATIENCE)
     return made
 
 
-def tcp_socket(namespace: Namespace, port: int = 0) -> socket.socket:
+def tcp_socket(namespace: Namespace, port: int = 0, address: str = "0.0.0.0") -> socket.socket:
     """Return a TCP socket that is not connected; ``port`` may be one that was used before."""
     made = inside(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if port:
-        made.bind(("0.0.0.0", port))
+        made.bind((address, port))
     made.settimeout(PATIENCE)
     return made
 
@@ -122,9 +122,11 @@ ASK: dict[str, Callable[..., Answer]] = {"tcp": ask_tcp, "udp": ask_udp}
 
 
 @contextmanager
-def connected(namespace: Namespace, address: str, port: int, source: int = 0) -> Iterator[socket.socket]:
-    """Give a TCP connection."""
-    with tcp_socket(namespace, source) as client:
+def connected(
+    namespace: Namespace, address: str, port: int, *, source: int = 0, own: str = "0.0.0.0"
+) -> Iterator[socket.socket]:
+    """Give a TCP connection, if wanted from a certain port and address."""
+    with tcp_socket(namespace, source, own) as client:
         client.connect((address, port))
         yield client
 
@@ -163,6 +165,12 @@ def is_silent(namespace: Namespace, protocol: str, address: str, port: int, time
     except TimeoutError:
         return True
     return False
+
+
+def inject(namespace: Namespace, packet: bytes) -> None:
+    """Send an IPv4 packet as it stands."""
+    with inside(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw:
+        raw.sendto(packet, (socket.inet_ntoa(packet[16:20]), 0))
 
 
 @contextmanager

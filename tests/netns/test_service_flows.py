@@ -9,8 +9,6 @@ A socket is kept open and asked again after each change; no question is repeated
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from scapy.layers.inet import IP, TCP
@@ -38,7 +36,7 @@ from tests.netns.sockets import (
     ask_udp,
     connected,
     exchange,
-    inside,
+    inject,
     is_refused,
     names,
     post,
@@ -232,13 +230,6 @@ def test_affinity_ends_with_its_timeout(cluster, client, spot, protocol, what):
 # --- packets that belong to nothing ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def injector(namespace: Namespace) -> Iterator[socket.socket]:
-    """Give a raw socket of a pod."""
-    with inside(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw:
-        yield raw
-
-
 STRANGE = {
     "data before the window": {"flags": "PA", "seq": -100_000},
     "data beyond the window": {"flags": "PA", "seq": 1 << 30},
@@ -263,7 +254,6 @@ def test_a_strange_segment_of_the_server_is_not_seen_untranslated(cluster, spot,
         sniffer(server, "eth0") as sent,
         sniffer(where, "eth0") as received,
         connected(where, *target) as connection,
-        injector(server) as raw,
     ):
         post(connection)
         last = [packet for packet in map(Ether, sent()) if TCP in packet and packet[TCP].sport == HTTP][-1]
@@ -272,7 +262,7 @@ def test_a_strange_segment_of_the_server_is_not_seen_untranslated(cluster, spot,
             seq=(last[TCP].seq + len(last[TCP].payload) + strange.get("seq", 0)) % 2**32,
             ack=(last[TCP].ack + strange.get("ack", 0)) % 2**32,
         )  # fmt: skip
-        raw.sendto(bytes(IP(src=S1, dst=last[IP].dst) / bad / b"boom"), (last[IP].dst, 0))
+        inject(server, bytes(IP(src=S1, dst=last[IP].dst) / bad / b"boom"))
         for size in (1, 10_000):
             assert post(connection, bytes(size)).name == "s1"
         packets = [packet for packet in map(Ether, received()) if TCP in packet]
@@ -285,10 +275,9 @@ def test_what_a_service_does_not_know_is_not_let_in(cluster, client, spot):
     with (
         cluster.use(service("web", spot.vip, [port(80)], [S1])),
         sniffer(client, "eth0") as received,
-        injector(client) as raw,
     ):
         stray = TCP(sport=12350, dport=80, flags="A", seq=1, ack=1)
-        raw.sendto(bytes(IP(src=CLIENT, dst=spot.vip) / stray), (spot.vip, 0))
+        inject(client, bytes(IP(src=CLIENT, dst=spot.vip) / stray))
         assert ask_tcp(client, spot.vip, 80).name == "s1"
         assert ask_udp(client, S1, OTHER).name == "other"
         assert not is_refused(client, "tcp", spot.vip, 80)
