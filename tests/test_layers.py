@@ -22,9 +22,14 @@ LAYERS = [
     {"engine"},
     {"config"},
     {"apply"},
+    {"report_flows"},
+    {"report_services"},
     {"underlay", "report"},
     {"node"},
     {"daemon"},
+    {"cli_base"},
+    {"cli_show"},
+    {"cli_edit"},
     {"cli"},
     {"__main__"},
 ]
@@ -115,7 +120,8 @@ def test_kernels_have_few_parameters(path):
 def test_only_the_cli_starts_without_numba():
     """``--help``, ``check`` and ``show`` must start in a tenth of a second: their modules import nothing heavy."""
     heavy = {"numba", "numpy", "aiohttp", "rich", "uvloop"}
-    for path in (PACKAGE / "cli.py", PACKAGE / "control" / "client.py", PACKAGE / "control" / "views.py"):
+    control = [PACKAGE / "control" / f"{name}.py" for name in ("client", "query", "views", "ipvsadm", "conntrack")]
+    for path in (*PACKAGE.glob("cli*.py"), *control):
         for statement in ast.parse(path.read_text()).body:
             names = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
             if isinstance(statement, ast.ImportFrom):

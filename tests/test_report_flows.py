@@ -211,7 +211,7 @@ def test_the_id_of_a_ping_is_no_port(world):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"sprot": "1"}, "sprot: no such filter; expected one of protocol, src"),
+        ({"sprot": "1"}, "sprot: no filter of conntrack; expected one of dport, dst"),
         ({"sport": "65536"}, "sport: expected a port from 0 to 65535 .got '65536'."),
         ({"sport": "-1"}, "sport: expected a port"),
         ({"src": "10.244.1"}, "src: expected an address or a prefix"),

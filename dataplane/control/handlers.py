@@ -61,7 +61,7 @@ def _show(backend: Backend, kind: Kind) -> Handler:
 
 def _list(backend: Backend, kind: ListKind) -> Handler:
     async def show(request: web.Request) -> web.StreamResponse:
-        rows = backend.listing(kind, query.parse(request.query))
+        rows = backend.listing(kind, query.parse(request.query, kind))
         response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
         await response.prepare(request)
         try:

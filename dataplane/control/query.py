@@ -61,16 +61,16 @@ class Query:
         return {name: str(value) for name, value in found.items() if value not in (None, "")}
 
 
-def parse(words: Mapping[str, str]) -> Query:
-    """Return the query that these words make.
+def parse(words: Mapping[str, str], kind: str = "conntrack") -> Query:
+    """Return the query that these words make for a listing.
 
     Raises:
-        QueryError: A name or a value is unknown.
+        QueryError: A name or a value is unknown, or the listing has no such column.
     """
     values: dict[str, Any] = {}
     for name, text in words.items():
-        if name not in _PARSERS:
-            raise QueryError(f"{name}: no such filter; expected one of {', '.join(_PARSERS)}")
+        if name not in KEYS[kind]:
+            raise QueryError(f"{name}: no filter of {kind}; expected one of {', '.join(sorted(KEYS[kind]))}")
         try:
             values[name] = _PARSERS[name](text)
         except ValueError as error:
@@ -133,3 +133,13 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "service": _service,
     "limit": _number(1 << 32, "expected a number; 0 is all"),
 }
+
+_OF_SERVICES = frozenset({"protocol", "dst", "dport", "service", "limit"})
+KEYS: dict[str, frozenset[str]] = {
+    "services": _OF_SERVICES,
+    "endpoints": _OF_SERVICES,
+    "persistence": _OF_SERVICES | {"src"},
+    "conntrack": frozenset(_PARSERS),
+    "nat": frozenset(_PARSERS),
+}
+"""The filters of each listing."""

@@ -4,6 +4,7 @@ The plain views fit a terminal of 120 columns, most of them one of 80; the wide 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dataplane.control.snapshot import (
@@ -184,6 +185,13 @@ WIDE: dict[ListKind, Callable[[Any], View]] = LISTINGS | {
     "conntrack": conntrack_wide,
     "nat": nat_wide,
 }
+
+
+def with_rest(view: View, shown: int, matched: int) -> View:
+    """Return the view with a line that says how many rows the limit has cut off."""
+    if shown == matched:
+        return view
+    return replace(view, notes=(*view.notes, f"{matched - shown} more of {matched}: --limit 0 shows all"))
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
