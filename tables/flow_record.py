@@ -30,10 +30,10 @@ td_maxwin, td_maxack, td_scale, flags); ``shared`` is where ``FLOW`` has its fie
 FLOW = np.dtype(
     {
         "names": [
-            "state", "lb_state", "status", "expires_ns", "created_ns", "last_direction", "last_index", "retrans",
+            "state", "lb_state", "status", "expires_ns", "lb_expires_ns", "last_direction", "last_index", "retrans",
             "last_flags", "last_seq", "last_ack", "last_end", "last_window",
             "backend", "backend_generation", "service", "service_generation", "template", "template_generation",
-            "route_generation", "lb_expires_ns", "mark",
+            "route_generation", "created_ns", "mark",
         ],
         "formats": [
             "u1", "u1", "u2", "i8", "i8", "u1", "u1", "u1",
@@ -50,7 +50,8 @@ FLOW = np.dtype(
         "itemsize": 256,
     }
 )  # fmt: skip
-"""What both directions share; it lies in the second cache line of each half.
+"""What both directions share; it lies in the second cache line of each half. What packets write, and the clock hand
+reads, is in the first half's, what is decided once in the other.
 
 ``state`` is a ``TcpState`` (0 for other protocols), ``lb_state`` ip_vs's own (``LbState``), ``status`` the flags below.
 ``last_*`` and ``retrans`` are conntrack's memory of the last segment. ``backend``, ``service`` and ``template`` are

@@ -15,12 +15,21 @@ static inline u64 nh(u64 word, u64 secret)
     return (u64)((u32)word + (u32)secret) * (u32)((word >> 32) + (secret >> 32));
 }
 
+static inline u64 finish(u64 word, u64 multiplier)
+{
+    word ^= word >> 32;
+    word *= multiplier;
+    word ^= word >> 29;
+    word *= multiplier;
+    return word ^ word >> 32;
+}
+
 static inline u64 hash3(u64 a, u64 b, u64 c, const u64 *key)
 {
-    u64 total = nh(a, key[0]) + nh(b, key[1]) + nh(c, key[2]);
-    total ^= total >> 32;
-    total *= key[5];
-    total ^= total >> 29;
-    total *= key[5];
-    return total ^ total >> 32;
+    return finish(nh(a, key[0]) + nh(b, key[1]) + nh(c, key[2]), key[5]);
+}
+
+static inline u64 hash5(u64 a, u64 b, u64 c, u64 d, u64 e, const u64 *key)
+{
+    return finish(nh(a, key[0]) + nh(b, key[1]) + nh(c, key[2]) + nh(d, key[3]) + nh(e, key[4]), key[5]);
 }
