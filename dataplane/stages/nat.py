@@ -17,6 +17,8 @@ address unless that side of the flow is translated: then the error comes from th
 
 from typing import Any
 
+import numpy as np
+
 from dataplane.batch import FLOWS, IPV6, NEEDS_CSUM, RELATED
 from dataplane.codecs import checksum, icmp, icmpv6, ipv4, ipv6, tcp, udp
 from dataplane.codecs.checksum import LOW32
@@ -62,7 +64,7 @@ def _translate(data: Any, packet: Any, other: Any) -> None:
     at, end = int(packet["l4"]), int(packet["start"]) + int(packet["length"])
     if at + TRANSPORT > end:
         return
-    ports = int(other["dport"]) << 16 | int(other["sport"])
+    ports = (int(other["dport"]) << 16 | int(other["sport"])) & LOW32  # signed, as loads are: else sums are floats
     field = _unfinished(packet)
     if field < 0:
         _write_transport(data, at, end, int(packet["protocol"]), ports, change)
@@ -115,7 +117,7 @@ def _write4(data: Any, at: int, source: int, destination: int) -> int:
 def _write6(data: Any, at: int, src_hi: int, src_lo: int, dst_hi: int, dst_lo: int) -> int:
     old = checksum.fold(checksum.sum16(data, at + 8, 32, 0))
     ipv6.set_addresses(data, at, src_hi, src_lo, dst_hi, dst_lo)
-    return checksum.pseudo_header(src_hi, src_lo, dst_hi, dst_lo, 0, 0) + (old ^ 0xFFFF)
+    return int(np.int64(checksum.pseudo_header(src_hi, src_lo, dst_hi, dst_lo, 0, 0))) + (old ^ 0xFFFF)
 
 
 # --- transport -------------------------------------------------------------------------------------------------------
@@ -213,6 +215,6 @@ def _translate_quote(data: Any, at: int, end: int, found: int, other: Any) -> No
         change = _write6(data, at, other["src_hi"], other["src_lo"], other["dst_hi"], other["dst_lo"])
     else:
         change = _write4(data, at, int(other["src_lo"]) & LOW32, int(other["dst_lo"]) & LOW32)
-    ports = int(other["sport"]) << 16 | int(other["dport"])
+    ports = (int(other["sport"]) << 16 | int(other["dport"])) & LOW32
     if (found >> 8) + TRANSPORT <= end:
         _write_transport(data, found >> 8, end, found & 0xFF, ports, change)
