@@ -8,11 +8,14 @@ prepare leaves everything as it was.
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dataplane.batch import GATEWAY_LO, POD_MTU, PROXY_ARP
+from dataplane import settle
+from dataplane.balance import Balancer
+from dataplane.batch import ROUTE_GENERATION
 from dataplane.control import edits as plan
 from dataplane.control.edits import Edit, RouteSpec
 from dataplane.control.state import DesiredState, Network, Peer, Pod
@@ -21,9 +24,8 @@ from dataplane.devices.journal import Journal
 from dataplane.devices.namespace import NamespaceHandle
 from dataplane.devices.tap import Tap
 from dataplane.engine import Engine
-from dataplane.tables.address import halves
 from dataplane.tables.interface import INTERFACES, OFFLOAD, UP, Driver, Role
-from dataplane.tables.route import Kind, Route
+from dataplane.tables.route import ANNOUNCED, Kind, Route
 
 NODE, UPLINK, UNDERLAY, FIRST_POD = 0, 1, 2, 3  # interface rows
 POD_INTERFACE = "eth0"
@@ -66,6 +68,7 @@ class Wiring:
         links: The pods' TAPs by the same name.
         vteps: Row by the peer's name.
         specs: The routes as the plan gave them, for ``show routes``.
+        balancer: The virtual servers.
     """
 
     def __init__(self, engine: Engine, log_book: Journal) -> None:
@@ -77,6 +80,8 @@ class Wiring:
         self.vteps: dict[str, int] = {}
         self.specs: dict[Network, RouteSpec] = {}
         self.state: DesiredState | None = None
+        self.balancer = Balancer(engine.tables.services, engine.tables.policies)
+        engine.every_tick(self.balancer.tick)
         self._free = list(range(INTERFACES - 1, FIRST_POD - 1, -1))
 
     async def apply(self, edits: Sequence[Edit], state: DesiredState) -> None:
@@ -84,11 +89,18 @@ class Wiring:
 
         Raises:
             NamespaceError, DeviceError: Something new could not be opened; nothing was changed.
+            TableFullError: There are more services than rows; nothing was changed.
         """
+        self.balancer.require_room(edits)
         opened, closed = await self._prepare(edits, state)
         self.state = state
+        now = time.monotonic_ns()
         for edit in edits:
-            self._commit(edit, opened, closed)
+            if not self.balancer.commit(edit, now):
+                self._commit(edit, opened, closed)
+        if any(isinstance(edit, plan.SetRoute | plan.DeleteRoute | plan.ChangeVtep) for edit in edits):
+            settings = self.tables.settings
+            settings[ROUTE_GENERATION] = (int(settings[ROUTE_GENERATION]) + 1) & 0x7FFF_FFFF
         self.engine.refresh()
         for link in closed:
             await asyncio.to_thread(link.close, self.journal)
@@ -218,10 +230,8 @@ class Wiring:
             case plan.DeleteRoute(prefix):
                 del self.specs[prefix]
                 self.tables.routes.delete(prefix)
-            case plan.ChangeSettings(_, network):
-                settings = self.tables.settings
-                settings[GATEWAY_LO] = halves(network.gateway)[1]
-                settings[POD_MTU], settings[PROXY_ARP] = network.mtu, network.proxy_arp
+            case plan.ChangeSettings():
+                settle.change(self.tables.settings, self.tables.timeouts, self.tables.policies, edit)
             case plan.NeedsRestart():
                 raise ValueError(str(edit))
 
@@ -247,7 +257,7 @@ class Wiring:
         oif = self.interfaces[spec.target] if kind in (Kind.POD, Kind.VIA) else 0
         vtep = self.vteps.get(spec.target, -1) if kind == Kind.TUNNEL else -1
         gateway = spec.gateway if kind == Kind.VIA else None
-        return Route(kind, oif, gateway, vtep, origin=spec.source)
+        return Route(kind, oif, gateway, vtep, origin=spec.source, flags=ANNOUNCED if spec.announced else 0)
 
     def _add_vtep(self, peer: Peer) -> None:
         assert self.state is not None

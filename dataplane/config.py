@@ -86,6 +86,12 @@ def parse(source: str, name: Path | str, path: Path | None = None) -> desired.Se
     return _settings(file, path)
 
 
+def shape(values: dict[str, Any]) -> tuple[File | None, list[Problem]]:
+    """Return the models of what has a right shape, and what has not."""
+    pruned = _Pruned(copy.deepcopy(values))
+    return pruned.validate(), pruned.problems
+
+
 def _settings(file: File, path: Path | None) -> desired.Settings:
     assert file.log.format != "journal"  # refused by the checks, as all that has no counterpart in the settings
     return desired.Settings(

@@ -6,12 +6,14 @@ itself wrong, the problem would only be an echo and is left out (``config.load``
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Network, collapse_addresses
 from typing import Any
 
 from dataplane.config_lines import KeyPath
 from dataplane.config_model import File, PeerSection, RouteSection, StaticPod
 from dataplane.control.state import POD_GATEWAY, VXLAN_OVERHEAD, Address, Network, vtep_mac
 
+POOLS = 63  # prefixes of ``tables.policy``
 # Keys whose feature comes later, and the values that mean "off". The shape of them all is checked nevertheless.
 _OFF: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("node", "netns"): ("",),
@@ -49,7 +51,7 @@ class Problem:
 
 def check(file: File, values: dict[str, Any]) -> Iterator[Problem]:
     """Yield every problem of a file with a valid shape; ``values`` is the same file as plain TOML values."""
-    yield from _unsupported(values)
+    yield from unsupported(values)
     yield from _ipv6(file)
     yield from _uplink(file)
     yield from _host_interface(file)
@@ -57,6 +59,7 @@ def check(file: File, values: dict[str, Any]) -> Iterator[Problem]:
     yield from _pod_addresses(file)
     yield from _peers(file)
     yield from _routes(file)
+    yield from _pools(file, values)
     if "services" in values:
         from dataplane.config_services_checks import check_services
 
@@ -66,7 +69,8 @@ def check(file: File, values: dict[str, Any]) -> Iterator[Problem]:
 # --- refused for now -------------------------------------------------------------------------------------------------
 
 
-def _unsupported(values: dict[str, Any]) -> Iterator[Problem]:
+def unsupported(values: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what this version refuses."""
     for pattern, allowed in _OFF.items():
         for path, value in _select(values, pattern, ()):
             if value not in allowed:
@@ -233,6 +237,18 @@ def _routes(file: File) -> Iterator[Problem]:
     blocks = [*each(("pods", "cidr"), file.pods.cidr)]
     blocks += [pair for peer, at in _peer_sections(file) for pair in each((*at, "podCIDR"), peer.pod_cidr)]
     yield from repeats([*blocks, *(((*at, "dst"), route.dst) for route, at in _route_sections(file))], len(blocks))
+
+
+def _pools(file: File, values: dict[str, Any]) -> Iterator[Problem]:
+    """NatOutgoing and kube-proxy's detection of local traffic are about prefixes, of which there is a limit."""
+    given = len(values.get("services", {}).get("clusterCIDR", ()))
+    count = given * (1 + file.pods.nat_outgoing)
+    if not given and file.pods.nat_outgoing:
+        blocks = [*file.pods.cidr, *(cidr for peer in file.peers for cidr in peer.pod_cidr)]
+        count = len(list(collapse_addresses(block for block in blocks if isinstance(block, IPv4Network))))
+    if count > POOLS:
+        text = f"expected a few prefixes that hold all pods: with {count} there are more than the limit of {POOLS}"
+        yield Problem(("services", "clusterCIDR"), text, ("services.clusterCIDR", "pods.cidr", "peers"))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -13,12 +13,11 @@ from typing import Any
 from dataplane.config_checks import Problem, each, overlaps, path_text, repeats
 from dataplane.config_lines import KeyPath
 from dataplane.config_model import File
-from dataplane.config_services import Endpoint, ServicePort, ServicesFile, StaticService, service_of
+from dataplane.config_services import ServicePort, ServicesFile, StaticService, service_of
 from dataplane.control.services import ServerKey, claims
-from dataplane.control.state import Address, DesiredState, Network, Service
+from dataplane.control.state import Address, DesiredState, Endpoint, Network, Service
 
 ANY = IPv4Address("0.0.0.0")  # stands for all of the node's addresses
-POOLS = 63  # prefixes that the dataplane can tell the cluster's pods by (``tables.policy.POOLS``)
 _MAX_AFFINITY = 86400
 _SECTION = "services.static"
 
@@ -66,7 +65,7 @@ def check_services(file: File) -> Iterator[Problem]:
     for given, at in sections:
         service = service_of(given)
         yield from check_service(given, at, around)
-        for path, endpoint in each((*at, "endpoints"), given.endpoints):
+        for path, endpoint in each((*at, "endpoints"), service.endpoints):
             yield from check_endpoint(endpoint, path, service)
         yield from claim(service, at, around.node_addresses, held)
 
@@ -85,9 +84,6 @@ def _ranges(file: ServicesFile) -> Iterator[Problem]:
     yield from _ipv6(ranges)
     yield from _ipv6(each(("services", "clusterCIDR"), section.cluster_cidr))
     yield from _ipv6(each(("services", "nodePortAddresses"), section.node_port_addresses))
-    if not section.cluster_cidr and len(blocks) > POOLS:
-        text = f"missing; expected the prefix of all pods: there are {len(blocks)} blocks, more than {POOLS}"
-        yield Problem(("services", "clusterCIDR"), text, ("services.clusterCIDR",))
 
 
 def check_service(given: StaticService, at: KeyPath, around: Surroundings) -> Iterator[Problem]:
@@ -119,6 +115,17 @@ def _claim(key: ServerKey, name: str, path: KeyPath, held: dict[ServerKey, str])
     other = held.setdefault(key, path_text(path))
     if other != path_text(path):
         yield Problem(path, f"used twice: {name} is also {other}")
+
+
+def held_by(services: Iterable[Service], node: tuple[Address, ...]) -> dict[ServerKey, str]:
+    """Return what services are found by, with the name of each."""
+    held: dict[ServerKey, str] = {}
+    for service in services:
+        name, port = service.id, service.health_check_node_port
+        held.update((key, name) for key, _, _ in claims(service, (ANY, *node)))
+        if port:
+            held.update((ServerKey("TCP", address, port), name) for address in (ANY, *node))
+    return held
 
 
 # --- one service -----------------------------------------------------------------------------------------------------
@@ -212,7 +219,7 @@ def _balancing(given: StaticService, at: KeyPath, around: Surroundings) -> Itera
 def _virtual_addresses(given: StaticService, at: KeyPath, around: Surroundings) -> Iterator[Problem]:
     for path, address in _virtual_paths(given, at):
         key = path[len(at)]
-        if address.is_multicast or address.is_loopback or address.is_unspecified or address.is_link_local:
+        if not _is_unicast(address):
             yield Problem(path, f"expected a unicast address (got {address})")
             continue
         for block, name in around.blocks:
@@ -231,16 +238,21 @@ def _virtual_addresses(given: StaticService, at: KeyPath, around: Surroundings) 
             yield Problem(path, text, ("services.serviceCIDR",))
 
 
-def check_endpoint(given: Endpoint, at: KeyPath, service: Service) -> Iterator[Problem]:
+def check_endpoint(endpoint: Endpoint, at: KeyPath, service: Service) -> Iterator[Problem]:
     """Yield the problems of one endpoint of a service."""
-    if given.ip.version == 6:
-        return  # said already
-    if given.ip.is_loopback or given.ip.is_link_local or given.ip.is_multicast or given.ip.is_unspecified:
-        yield Problem((*at, "ip"), f"expected the address of a pod or a node (got {given.ip})")
+    address = endpoint.address
+    yield from _ipv6([((*at, "ip"), address)])
+    if address.version == 4 and not _is_unicast(address):
+        yield Problem((*at, "ip"), f"expected the address of a pod or a node (got {address})")
+    names = dict(endpoint.ports)
     for port in service.ports:
-        if isinstance(port.target_port, str) and port.target_port not in given.ports:
+        if isinstance(port.target_port, str) and port.target_port not in names:
             text = f'the target port "{port.target_port}" is missing; expected ports = {{ {port.target_port} = 8080 }}'
             yield Problem((*at, "ports"), text, (f"{_SECTION}.ports", f"{_SECTION}.endpoints.ports"))
+
+
+def _is_unicast(address: Address) -> bool:
+    return not (address.is_multicast or address.is_loopback or address.is_unspecified or address.is_link_local)
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------
@@ -281,7 +293,6 @@ def _endpoint_addresses(given: StaticService, at: KeyPath) -> Iterator[tuple[Key
 def _addresses(given: StaticService, at: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     yield from _virtual_paths(given, at)
     yield from each((*at, "loadBalancerSourceRanges"), given.load_balancer_source_ranges)
-    yield from _endpoint_addresses(given, at)
 
 
 def _ipv6(pairs: Iterable[tuple[KeyPath, Any]]) -> Iterator[Problem]:

@@ -7,15 +7,17 @@ one tick a second. End: forward what is already queued, carry out the plan to no
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dataplane import config
+from dataplane import config, settle
 from dataplane.apply import UNDERLAY, Wiring
-from dataplane.batch import GATEWAY_LO, NODE_HI, NODE_LO, TUNNEL_INTERFACE, TUNNEL_PORT, VNI, VTEP_MAC
-from dataplane.control import edits, reconcile
-from dataplane.control.edits import Edit, NeedsRestart
+from dataplane.batch import TUNNEL_INTERFACE
+from dataplane.control import reconcile
+from dataplane.control.edits import NeedsRestart, describe
+from dataplane.control.health import HealthServer
+from dataplane.control.overlay import Overlay
 from dataplane.control.snapshot import Kind, Reload
 from dataplane.control.state import DesiredState, Settings
 from dataplane.devices.device import DeviceError
@@ -25,7 +27,7 @@ from dataplane.engine import Engine
 from dataplane.pipeline import Tables
 from dataplane.report import Report
 from dataplane.slowpath import SlowPath
-from dataplane.tables.address import halves
+from dataplane.tables.result import TableFullError
 from dataplane.underlay import Underlay
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class Node:
 
     def __init__(self, settings: Settings, log_book: Journal) -> None:
         self.settings = settings
-        self.tables = Tables()
+        self.tables = Tables(flows=settings.state.balancing.conntrack_max)
         self.slow = SlowPath(self.tables.arrays, self.tables.routes, self.tables.neighbours)
         self.engine = Engine(self.tables, self.slow, settings.engine.batch)
         self.wiring = Wiring(self.engine, log_book)
@@ -49,6 +51,8 @@ class Node:
         self.stopping = asyncio.Event()
         self._journal = log_book
         self.underlay: Underlay | None = None
+        self._overlay = Overlay()
+        self._health = HealthServer()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
 
@@ -67,17 +71,13 @@ class Node:
             self.underlay.attach()
         self.engine.on_failure = self._device_failed
         self.engine.start()
+        await self._health.update(state)
         self.report.ready = True
 
     def _configure(self, state: DesiredState) -> None:
         """Write down what stays as it is while the node runs."""
-        settings = self.tables.settings
-        if state.node.addresses:
-            settings[NODE_HI], settings[NODE_LO] = halves(state.node.addresses[0])
-        settings[GATEWAY_LO] = halves(state.pod_network.gateway)[1]
-        settings[VTEP_MAC] = state.node.vtep_mac
-        settings[VNI], settings[TUNNEL_PORT] = state.vxlan.vni, state.vxlan.port
-        settings[TUNNEL_INTERFACE] = UNDERLAY
+        settle.fix(self.tables.settings, state)
+        self.tables.settings[TUNNEL_INTERFACE] = UNDERLAY
         if state.tunnel_address is not None:
             self.slow.tunnel_address = state.tunnel_address.packed
 
@@ -114,31 +114,67 @@ class Node:
         return metrics.text(self.report.snapshot)
 
     async def reload(self) -> Reload:
-        """Read the configuration again: apply all of it, or nothing."""
+        """Read the configuration again: apply all of it, or nothing. What the API has changed stays."""
         async with self._changing:
             try:
-                fresh = config.load(self.settings.path)
+                fresh = await asyncio.to_thread(config.load, self.settings.path)
             except config.ConfigError as error:
-                return {"applied": [], "errors": list(error.errors)}
-            old = self.wiring.state
-            assert old is not None
-            state = replace(fresh.state, on_link=old.on_link)
-            edits = reconcile.plan(old, state)
+                return _refused(*error.errors)
             keys = reconcile.process_keys(self.settings, fresh)
-            if keys:
-                edits = (*edits, NeedsRestart(keys))
-            refused = [str(edit) for edit in edits if isinstance(edit, NeedsRestart)]
-            if refused:
-                return {"applied": [], "errors": refused}
+            overlay = self._overlay.without_strays(fresh.state.services)
+            result = await self._become(fresh.state, overlay, (NeedsRestart(keys),) if keys else ())
+            if not result["errors"]:
+                log.info("configuration reloaded changes=%d", len(result["applied"]))
+            return result
+
+    async def _become(self, given: DesiredState, overlay: Overlay, refusals: tuple[NeedsRestart, ...] = ()) -> Reload:
+        """Carry out what leads to the file's state with the API's changes over it."""
+        old = self.wiring.state
+        assert old is not None
+        state = replace(given, on_link=old.on_link, services=overlay.over(given.services))
+        edits = (*await asyncio.to_thread(reconcile.plan, old, state), *refusals)
+        refused = [str(edit) for edit in edits if isinstance(edit, NeedsRestart)]
+        if refused:
+            return _refused(*refused)
+        try:
+            await self.wiring.apply(edits, state)
+        except (NamespaceError, DeviceError, TableFullError) as error:
+            return _refused(str(error))
+        self.settings, self._overlay = replace(self.settings, state=given), overlay
+        if self.underlay is not None:
+            self.underlay.follow(state)
+        await self._health.update(state)
+        return {"applied": [describe(edit) for edit in edits], "errors": []}
+
+    async def set_service(self, values: Mapping[str, Any]) -> Reload:
+        """Add a service, or replace one whole; the keys are those of ``[[services.static]]``."""
+        return await self._edit("set_service", values)
+
+    async def delete_service(self, namespace: str, name: str) -> Reload:
+        """Delete a service, the file's too, until the node stops."""
+        return await self._edit("delete_service", f"{namespace}/{name}")
+
+    async def add_endpoint(self, namespace: str, name: str, values: Mapping[str, Any]) -> Reload:
+        """Add an endpoint to a service, or change the one at its address."""
+        return await self._edit("add_endpoint", f"{namespace}/{name}", values)
+
+    async def drain_endpoint(self, namespace: str, name: str, values: Mapping[str, Any]) -> Reload:
+        """Give an endpoint no new connections."""
+        return await self._edit("drain_endpoint", f"{namespace}/{name}", values)
+
+    async def delete_endpoint(self, namespace: str, name: str, values: Mapping[str, Any]) -> Reload:
+        """Delete an endpoint from a service."""
+        return await self._edit("delete_endpoint", f"{namespace}/{name}", values)
+
+    async def _edit(self, name: str, *values: Any) -> Reload:
+        """Carry out an edit of ``config_edit``, which is made in a thread: its models take 50 ms the first time."""
+        async with self._changing:
+            assert self.wiring.state is not None
             try:
-                await self.wiring.apply(edits, state)
-            except (NamespaceError, DeviceError) as error:
-                return {"applied": [], "errors": [str(error)]}
-            self.settings = replace(self.settings, state=state)
-            if self.underlay is not None:
-                self.underlay.follow(state)
-            log.info("configuration reloaded changes=%d", len(edits))
-            return {"applied": [describe(edit) for edit in edits], "errors": []}
+                overlay = await asyncio.to_thread(_edited, name, values, self._overlay, self.wiring.state)
+            except config.ConfigError as error:
+                return _refused(*error.errors)
+            return await self._become(self.settings.state, overlay)
 
     def request_reload(self) -> None:
         """Reload soon, with the outcome in the log (SIGHUP)."""
@@ -159,6 +195,7 @@ class Node:
     async def stop(self) -> None:
         """Forward what is queued, then take everything away that the node has made."""
         self.report.ready = False
+        await self._health.close()
         self.engine.drain()
         async with self._changing:
             if self.wiring.state is not None:
@@ -169,21 +206,12 @@ class Node:
         self._journal.close()
 
 
-def describe(edit: Edit) -> str:
-    """Return one line about an edit, for the one who asked for the reload."""
-    match edit:
-        case edits.AddPod(pod) | edits.RemovePod(pod):
-            verb = "added" if isinstance(edit, edits.AddPod) else "removed"
-            return f"pod {pod.id} {verb}"
-        case edits.ChangePod(_, pod):
-            return f"pod {pod.id} changed"
-        case edits.AddVtep(peer) | edits.RemoveVtep(peer):
-            verb = "added" if isinstance(edit, edits.AddVtep) else "removed"
-            return f"peer {peer.name} {verb}"
-        case edits.ChangeVtep(_, peer):
-            return f"peer {peer.name} changed"
-        case edits.SetRoute(prefix, spec):
-            return f"route {prefix} {spec.kind} {spec.target}".rstrip()
-        case edits.DeleteRoute(prefix):
-            return f"route {prefix} deleted"
-    return "settings changed"
+def _refused(*errors: str) -> Reload:
+    return {"applied": [], "errors": list(errors)}
+
+
+def _edited(name: str, values: tuple[Any, ...], overlay: Overlay, state: DesiredState) -> Overlay:
+    from dataplane import config_edit
+
+    edit: Callable[..., Overlay] = getattr(config_edit, name)
+    return edit(*values, overlay, state)

@@ -21,6 +21,7 @@ LAYERS = [
     {"slowpath"},
     {"engine"},
     {"config"},
+    {"balance", "settle"},
     {"apply"},
     {"report_flows"},
     {"report_services"},

@@ -213,3 +213,31 @@ Edit: TypeAlias = (
 
 def _collapsed(blocks: list[Network]) -> tuple[Network, ...]:
     return tuple(collapse_addresses(block for block in blocks if block.version == 4))
+
+
+def describe(edit: Edit) -> str:
+    """Return one line about an edit, for the one who asked for it."""
+    match edit:
+        case AddPod(pod) | RemovePod(pod) | ChangePod(_, pod):
+            return f"pod {pod.id} {_VERBS[type(edit)]}"
+        case AddVtep(peer) | RemoveVtep(peer) | ChangeVtep(_, peer):
+            return f"peer {peer.name} {_VERBS[type(edit)]}"
+        case SetRoute(prefix, spec):
+            return f"route {prefix} {spec.kind} {spec.target}".rstrip()
+        case DeleteRoute(prefix):
+            return f"route {prefix} deleted"
+        case AddServer(server) | RemoveServer(server) | ChangeServer(_, server):
+            return f"service {server.service} {_VERBS[type(edit)]} at {server.key}"
+        case AddDestination(server, each) | RemoveDestination(server, each) | ChangeDestination(server, each):
+            weight = f", weight {each.weight}" if isinstance(edit, ChangeDestination) else ""
+            return (
+                f"endpoint {each.address}:{each.port} of {server.service} {_VERBS[type(edit)]} at {server.key}{weight}"
+            )
+    return "settings changed"
+
+
+_VERBS = {
+    **dict.fromkeys((AddPod, AddVtep, AddServer, AddDestination), "added"),
+    **dict.fromkeys((RemovePod, RemoveVtep, RemoveServer, RemoveDestination), "removed"),
+    **dict.fromkeys((ChangePod, ChangeVtep, ChangeServer), "changed"),
+}

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from dataplane.control.state import Address, DesiredState, Endpoint, Network, Protocol, Service, ServicePort
 
-ServerKind: TypeAlias = Literal["cluster-ip", "external-ip", "load-balancer", "node-port"]
+ServerKind: TypeAlias = Literal["cluster-ip", "external-ip", "load-balancer-ip", "node-port"]
 
 
 class ServerKey(NamedTuple):
@@ -57,6 +57,7 @@ class VirtualServer:
         flags: Of ``sh-port``, ``sh-fallback``, ``mh-port``, ``mh-fallback``.
         affinity_seconds: How long a client stays with its backend; 0: not at all.
         drain_seconds: How long connections of a removed destination may go on; 0: until they end.
+        origin: ``Service.origin``.
         destinations: Oldest first.
     """
 
@@ -71,6 +72,7 @@ class VirtualServer:
     flags: frozenset[str] = frozenset()
     affinity_seconds: float = 0
     drain_seconds: float = 0
+    origin: str = "file"
     destinations: tuple[Destination, ...] = ()
 
 
@@ -125,7 +127,7 @@ def claims(service: Service, node_ports_at: tuple[Address, ...]) -> Iterator[tup
     kinds: tuple[tuple[ServerKind, tuple[Address, ...]], ...] = (
         ("cluster-ip", service.cluster_ips),
         ("external-ip", service.external_ips),
-        ("load-balancer", service.load_balancer_ips),
+        ("load-balancer-ip", service.load_balancer_ips),
     )
     for index, port in enumerate(service.ports):
         for kind, addresses in kinds:
@@ -165,11 +167,12 @@ def build(service: Service, around: Surroundings) -> list[VirtualServer]:
                 kind=kind,
                 local=local,
                 no_local=local and choice.all_elsewhere,
-                ranges=_ranges(service, key.address, around) if kind == "load-balancer" else (),
+                ranges=_ranges(service, key.address, around) if kind == "load-balancer-ip" else (),
                 scheduler=scheduler,
                 flags=flags,
                 affinity_seconds=service.affinity_seconds,
                 drain_seconds=service.drain_seconds,
+                origin=service.origin,
                 destinations=choice.destinations(index, local),
             )
         )

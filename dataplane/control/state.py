@@ -232,6 +232,7 @@ class Service:
         drain_seconds: How long connections of a removed endpoint may go on; 0: until they end, as kube-proxy.
         publish_not_ready: ``publishNotReadyAddresses``: all endpoints count as ready.
         external_name: The DNS name that an ``ExternalName`` stands for.
+        origin: Whether the node's file or the control API gives it.
     """
 
     name: str
@@ -252,6 +253,7 @@ class Service:
     drain_seconds: float = 0
     publish_not_ready: bool = False
     external_name: str = ""
+    origin: Literal["file", "api"] = "file"
 
     @property
     def id(self) -> str:
