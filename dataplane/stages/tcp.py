@@ -314,7 +314,8 @@ def _judge_reset(data: Any, packet: Any, tuples: Any, flow: Any, e: int) -> int:
         continues = last == w.ACK and same and seq == int(flow["last_end"])
         return _CHECKED if continues else _KEPT
     # The answer to a SYN or ACK that was let pass may acknowledge what the windows do not know.
-    unknown = (int(flow["status"]) & SEEN_REPLY and last == w.SYN) or (not assured and last == w.ACK)
+    after_syn = int(flow["status"]) & SEEN_REPLY and last == w.SYN and not same
+    unknown = after_syn or (not assured and last == w.ACK)
     if unknown and ack == int(flow["last_end"]):
         return _UNCHECKED
     challenged = state == TcpState.SYN_SENT and last == w.ACK and int(flow["last_direction"]) == REPLY
