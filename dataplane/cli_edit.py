@@ -1,11 +1,13 @@
 """``dataplane service``, ``endpoint`` and ``conntrack``: changes of the running node.
 
-Each is carried out whole or not at all, between two packets. What is set here lives as long as the node does; what should outlive it belongs into its file.
+Each is carried out whole or not at all, between two packets. What is set here lives as long as the node does; what
+should outlive it belongs into its file.
 """
 
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def service() -> None:
 
     \b
     Examples:
-      dataplane service set web --cluster-ip 10.96.0.20 --port 80:8080 --endpoint 10.244.1.10
+      dataplane service set web --cluster-ip 10.96.0.20 --port 80:8080
       dataplane service set -f web.toml
       dataplane service delete shop/web
     """  # noqa: D301 - click wants the backspace itself
@@ -55,14 +57,16 @@ def service() -> None:
 @click.option("--internal-policy", "internalTrafficPolicy", type=click.Choice(["Cluster", "Local"]))
 @socket_option
 def set_service(name: str | None, file: Path | None, path: Path | None, **options: Any) -> None:
-    """Add service [NAMESPACE/]NAME, or replace it with all its endpoints.
+    """Add [NAMESPACE/]NAME, or replace it, endpoints and all.
 
-    A FILE has the keys of [[services.static]] in the node's file: one service, or several under that heading.
+    A FILE has the keys of [[services.static]] in the node's file: one service, or several under that heading; the first
+    that is refused ends the command.
 
     \b
     Examples:
-      dataplane service set web --cluster-ip 10.96.0.20 --port 80:8080 --endpoint 10.244.1.10=2
-      dataplane service set kube-system/dns --cluster-ip 10.96.0.10 --port dns=53/UDP --port dns-tcp=53
+      dataplane service set web --cluster-ip 10.96.0.20 --port 80:8080 \\
+          --endpoint 10.244.1.10 --endpoint 10.244.2.7=2
+      dataplane service set shop/dns --cluster-ip 10.96.0.10 --port dns=53/UDP
       dataplane service set -f - < web.json
     """  # noqa: D301 - click wants the backspace itself
     given = {key: value for key, value in options.items() if value not in (None, ())}
@@ -76,11 +80,8 @@ def set_service(name: str | None, file: Path | None, path: Path | None, **option
         services = [(*_split(name), _values(given))]
     from dataplane.control import client
 
-    applied: list[str] = []
     for namespace, own_name, values in services:
-        done = ask(lambda socket: client.set_service(socket, namespace, own_name, values), path)  # noqa: B023
-        applied += done["applied"]
-    report({"applied": applied})
+        report(ask(partial(client.set_service, namespace=namespace, name=own_name, values=values), path))
 
 
 @service.command("delete")
@@ -113,7 +114,7 @@ def endpoint() -> None:
     \b
     Examples:
       dataplane endpoint add default/web 10.244.1.12 --weight 2
-      dataplane endpoint drain default/web 10.244.1.10      no new connections, the old ones go on
+      dataplane endpoint drain default/web 10.244.1.10
       dataplane endpoint delete default/web 10.244.1.10
     """  # noqa: D301 - click wants the backspace itself
 
@@ -150,7 +151,10 @@ def drain_endpoint(service: str, ip: str, path: Path | None) -> None:
 @click.argument("ip")
 @socket_option
 def delete_endpoint(service: str, ip: str, path: Path | None) -> None:
-    """Delete the endpoint at IP; TCP connections drain, UDP moves on at once."""
+    """Delete the endpoint at IP; its TCP connections drain.
+
+    UDP moves on to another endpoint with the next datagram.
+    """
     from dataplane.control import client
 
     report(ask(lambda socket: client.delete_endpoint(socket, *_split(service), ip), path))

@@ -116,7 +116,7 @@ def vteps(output: str, path: Path | None) -> None:
 @output_option("table", "json")
 @socket_option
 def drops(every: bool, output: str, path: Path | None) -> None:
-    """List why packets were dropped, the most frequent reason first."""
+    """List why packets were dropped, the main reason first."""
     show_snapshot("drops", output, path, "all_drops" if every else "drops")
 
 
@@ -163,7 +163,10 @@ def show_snapshot(kind: "Kind", output: str, path: Path | None, view: str = "") 
 @limit_option
 @socket_option
 def services(stats: bool, rate: bool, output: str, path: Path | None, **words: str | None) -> None:
-    """List the virtual services; "-o ipvsadm" as "ipvsadm -Ln" prints them."""
+    """List the virtual services, also as ipvsadm prints them.
+
+    "-o ipvsadm" is "ipvsadm -Ln".
+    """
     if stats and rate:
         fail_usage(["dataplane: --stats and --rate: choose one"])
     if output == "ipvsadm" or stats or rate:
@@ -181,7 +184,10 @@ def services(stats: bool, rate: bool, output: str, path: Path | None, **words: s
 @limit_option
 @socket_option
 def endpoints(output: str, path: Path | None, **words: str | None) -> None:
-    """List the endpoints of each virtual service, in the order of its scheduler's list."""
+    """List the endpoints of each virtual service.
+
+    They stand in the order of the scheduler's list, the newest first.
+    """
     show_listing("endpoints", make_query(words), output, path)
 
 
@@ -229,7 +235,7 @@ def nat(output: str, path: Path | None, **words: str | None) -> None:
 @limit_option
 @socket_option
 def persistence(output: str, path: Path | None, **words: str | None) -> None:
-    """List which backend each client of a service with affinity stays with."""
+    """List the clients that stay with an endpoint (affinity)."""
     wanted = make_query(words)
     if output == "ipvsadm":
         from dataplane.control import ipvsadm

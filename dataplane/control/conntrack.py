@@ -55,6 +55,8 @@ def _ports(flow: FlowRow) -> tuple[str, str]:
             f" type={icmp['type']} code={icmp['code']} id={icmp['id']}",
             f" type={icmp['reply_type']} code={icmp['code']} id={icmp['reply_id']}",
         )
+    if flow["protocol"] == "gre":  # of version 0, whose keys are not part of the kernel's tuple either
+        return (" srckey=0x0 dstkey=0x0",) * 2
     if flow["protocol"] not in ("tcp", "udp", "sctp"):
         return "", ""
     original, reply = flow["original"], flow["reply"]

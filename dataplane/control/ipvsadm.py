@@ -43,23 +43,30 @@ def services(services: Sequence[ServiceRow], endpoints: Sequence[EndpointRow], s
 
 def stats(services: Sequence[ServiceRow], endpoints: Sequence[EndpointRow], size: int) -> str:
     """Return what ``ipvsadm -Ln --stats`` prints: totals."""
-    return _columns(services, endpoints, size, ("Conns", "InPkts", "OutPkts", "InBytes", "OutBytes"))
-
-
-def rate(services: Sequence[ServiceRow], endpoints: Sequence[EndpointRow], size: int) -> str:
-    """Return what ``ipvsadm -Ln --rate`` prints, for rows whose counters are per second (``per_second``)."""
-    return _columns(services, endpoints, size, ("CPS", "InPPS", "OutPPS", "InBPS", "OutBPS"))
-
-
-def _columns(
-    services: Sequence[ServiceRow], endpoints: Sequence[EndpointRow], size: int, titles: tuple[str, ...]
-) -> str:
-    head = f"{_banner(size)}{'Prot LocalAddress:Port':<33} {' '.join(f'{title:>8}' for title in titles)}\n"
-    lines = ["  -> RemoteAddress:Port\n"]
+    lines = _titles(size, "Conns", "InPkts", "OutPkts", "InBytes", "OutBytes")
     for service, members in _ordered(services, endpoints):
         lines.append(f"{_name(service):<33}{_numbers(service)}\n")
         lines += [f"  -> {_remote(each):<28}{_numbers(each)}\n" for each in members]
-    return head + "".join(lines)
+    return "".join(lines)
+
+
+def rate(services: Sequence[ServiceRow], endpoints: Sequence[EndpointRow], size: int) -> str:
+    """Return what ``ipvsadm -Ln --rate`` prints, for rows whose counters are per second (``per_second``).
+
+    A destination's connections and packets are not abbreviated, whatever their width.
+    """
+    lines = _titles(size, "CPS", "InPPS", "OutPPS", "InBPS", "OutBPS")
+    for service, members in _ordered(services, endpoints):
+        lines.append(f"{_name(service):<33}{_numbers(service)}\n")
+        for each in members:
+            whole = f"{each['connections']:>8} {each['in_packets']:>8} {each['out_packets']:>8}"
+            lines.append(f"  -> {_remote(each):<28} {whole}{_large(each['in_bytes'])}{_large(each['out_bytes'])}\n")
+    return "".join(lines)
+
+
+def _titles(size: int, *titles: str) -> list[str]:
+    head = f"{'Prot LocalAddress:Port':<33} {' '.join(f'{title:>8}' for title in titles)}\n"
+    return [_banner(size), head, "  -> RemoteAddress:Port\n"]
 
 
 def connections(flows: Iterable[FlowRow], templates: Iterable[TemplateRow]) -> str:
