@@ -26,22 +26,29 @@ ATTRIBUTE = struct.Struct("=HH")  # length, kind
 IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, changed flags
 IFADDR = struct.Struct("=BBBBi")  # family, prefix length, flags, scope, index
 RTMSG = struct.Struct("=8BI")  # family, dst length, src length, tos, table, protocol, scope, type, flags
+NDMSG = struct.Struct("=B3xiHBB")  # family, index, state, flags, type
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE = 24, 25
+NEWNEIGH = 28
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
-REPLACE, CREATE_NEW = 0x400 | 0x100, 0x400 | 0x200  # NLM_F_CREATE with REPLACE or EXCL
+CREATE, REPLACE, CREATE_NEW = 0x400, 0x400 | 0x100, 0x400 | 0x200  # NLM_F_CREATE, and with REPLACE or EXCL
 CAPPED = 0x100  # NLM_F_CAPPED: the answer does not repeat the request
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU = 1, 3, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFA_F_NODAD = 0x02
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_TABLE = 1, 4, 5, 15
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_TABLE = 1, 4, 5, 7, 8, 15
+RTAX_MTU = 2
+NDA_DST, NDA_LLADDR = 1, 2
+NUD_PERMANENT = 0x80
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 SCOPE_GLOBAL, SCOPE_LINK = 0, 253
 TABLE_MAIN, PROTOCOL_BOOT, UNICAST = 254, 3, 1
+PROTOCOL_OURS = 80  # what Calico's agent has, of the numbers that nobody else uses
+RTNH_F_ONLINK = 4
 
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 ERROR_TEXT = 1  # NLMSGERR_ATTR_MSG: the kernel's own words about a refusal
@@ -111,6 +118,19 @@ class RouteEvent:
 @dataclass(frozen=True, slots=True)
 class Overrun:
     """The kernel dropped events, for want of a faster reader: whatever was cached has to be read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detour:
+    """An IPv4 route to a gateway that is on the link whatever its addresses are (``onlink``).
+
+    ``source`` is the address that packets have by default, ``mtu`` 0 the link's.
+    """
+
+    destination: IPv4Network
+    gateway: IPv4Address
+    source: IPv4Address | None = None
+    mtu: int = 0
 
 
 Event = LinkEvent | AddressEvent | RouteEvent | Overrun
@@ -323,6 +343,36 @@ class Netlink:
         body += pack(RTA_OIF, index.to_bytes(4, "little"))
         body += pack(RTA_GATEWAY, gateway.packed) if gateway is not None else b""
         self.request(f"add route {destination}", NEWROUTE, REPLACE, body)
+
+    def delete_address(self, index: int, address: Interface) -> None:
+        """Take an address from a link."""
+        family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+        body = IFADDR.pack(family, address.network.prefixlen, 0, SCOPE_GLOBAL, index)
+        self.request(f"delete address {address}", DELADDR, 0, body + pack(IFA_LOCAL, address.ip.packed))
+
+    def set_neighbor(self, index: int, address: Address, mac: int) -> None:
+        """Say once and for all which MAC a neighbor has."""
+        family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+        body = NDMSG.pack(family, index, NUD_PERMANENT, 0, 0)
+        body += pack(NDA_DST, address.packed) + pack(NDA_LLADDR, mac.to_bytes(6, "big"))
+        self.request(f"set neighbor {address}", NEWNEIGH, REPLACE, body)
+
+    def add_detour(self, index: int, detour: Detour) -> None:
+        """Put a detour before whatever route to the same prefix there is: that one comes back when the link goes."""
+        self.request(f"add route {detour.destination}", NEWROUTE, CREATE, _detour(index, detour))
+
+    def delete_detour(self, index: int, detour: Detour) -> None:
+        """Take a detour away."""
+        self.request(f"delete route {detour.destination}", DELROUTE, 0, _detour(index, detour))
+
+
+def _detour(index: int, detour: Detour) -> bytes:
+    length = detour.destination.prefixlen
+    body = RTMSG.pack(socket.AF_INET, length, 0, 0, TABLE_MAIN, PROTOCOL_OURS, SCOPE_GLOBAL, UNICAST, RTNH_F_ONLINK)
+    body += pack(RTA_DST, detour.destination.network_address.packed) if length else b""
+    body += pack(RTA_OIF, index.to_bytes(4, "little")) + pack(RTA_GATEWAY, detour.gateway.packed)
+    body += pack(RTA_PREFSRC, detour.source.packed) if detour.source else b""
+    return body + (pack(RTA_METRICS, pack(RTAX_MTU, detour.mtu.to_bytes(4, "little"))) if detour.mtu else b"")
 
 
 class Monitor:
