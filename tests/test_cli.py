@@ -100,7 +100,7 @@ def test_only_check_and_run_import_pydantic(arguments):
 
 def test_check_says_ok_and_what_the_node_is():
     result = dataplane("check", "node.toml")
-    assert result.stdout == "OK node.toml: node node1, 2 pods, 0 peers, 0 static routes, no uplink\n"
+    assert result.stdout == "OK node.toml: node node1, 3 pods, 0 peers, 0 static routes, no uplink\n"
     assert (result.returncode, result.stderr) == (0, "")
 
 

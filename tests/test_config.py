@@ -10,7 +10,8 @@ import pytest
 from dataplane import config
 from dataplane.config import ConfigError, load, parse
 from dataplane.config_later import DnsSection
-from dataplane.config_model import CaptureSection, File, key_name
+from dataplane.config_model import CaptureSection, key_name
+from dataplane.config_services import ServicesFile, balancing_of, service_of
 from dataplane.control.state import Engine, Log, PodNetwork, StaticRoute, Uplink, pod_mac, vtep_mac
 from tests.node_file import EVERY_KEY, NODE, errors
 
@@ -25,14 +26,21 @@ def test_the_example_is_the_built_in_configuration():
     example = load(ROOT / "examples" / "node.toml")
     assert example.state == load().state
     assert load().path is None
-    assert [(pod.name, pod.netns) for pod in example.state.pods] == [("web-0", "web-0"), ("client-0", "client-0")]
+    assert [(pod.name, pod.netns) for pod in example.state.pods] == [
+        (name, name) for name in ("web-0", "web-1", "client-0")
+    ]
     assert example.state.uplink is None
 
 
 def test_the_example_says_the_defaults():
     values = tomllib.loads(config.DEFAULT.read_text())
-    given = File.model_validate(values)
-    bare = File.model_validate({"pods": {"cidr": values["pods"]["cidr"]}})
+    web = {key: values["services"]["static"][0][key] for key in ("name", "clusterIPs", "ports", "endpoints")}
+    services = {key: values["services"][key] for key in ("clusterCIDR", "serviceCIDR")} | {"static": [web]}
+    given = ServicesFile.model_validate(values)
+    bare = ServicesFile.model_validate({"pods": {"cidr": values["pods"]["cidr"]}, "services": services})
+    assert service_of(given.services.static[0]) == service_of(bare.services.static[0])
+    assert balancing_of(given.services) == balancing_of(bare.services)
+    assert load().state.node.host_interface == "dp0"
     assert given.engine == bare.engine
     assert given.log == bare.log
     assert given.metrics == bare.metrics
