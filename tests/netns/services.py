@@ -13,9 +13,7 @@ template of an earlier test can decide what it sees. Services are set on all nod
 when the test ends.
 """
 
-import http.client
 import json
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +25,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from dataplane.control import client
+from dataplane.control.query import parse
+from dataplane.control.snapshot import ListKind
 from tests.netns import ours
 from tests.netns.harness import READY_TIMEOUT, Namespace, Network, Node, Process, eventually
 from tests.netns.peers import Member
@@ -180,12 +180,21 @@ class Cluster:
         for each in services:
             keys = {key: value for key, value in each.items() if key != "name"}
             for node in self.nodes:
-                call(node.socket, "PUT", f"/v1/services/default/{each['name']}", keys)
+                client.set_service(node.socket, "default", each["name"], keys)
 
     def delete(self, name: str) -> None:
         """Delete a service."""
         for node in self.nodes:
-            call(node.socket, "DELETE", f"/v1/services/default/{name}")
+            client.delete_service(node.socket, "default", name)
+
+    def rows(self, kind: ListKind, **words: str) -> list[dict[str, Any]]:
+        """Return a listing of the first node, filtered."""
+        found: list[dict[str, Any]] = client.listing(self.node.socket, kind, parse(words, kind))[kind]
+        return found
+
+    def forget(self, address: str) -> None:
+        """Have the first node forget the flows to an address."""
+        client.delete_flows(self.node.socket, parse({"dst": address}))
 
     @contextmanager
     def use(self, *services: Spec) -> Iterator[None]:
@@ -202,22 +211,6 @@ def serve(namespace: Namespace, name: str, *sockets: str) -> Process:
     running = namespace.spawn(sys.executable, NETEXEC, "serve", name, *sockets)
     running.expect("ready")
     return running
-
-
-def call(path: Path, method: str, target: str, body: Mapping[str, Any] | None = None) -> Any:
-    """Ask a node's control API, and fail with what it says when it refuses."""
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    try:
-        connection.sock.settimeout(10)
-        connection.sock.connect(str(path))
-        connection.request(method, target, json.dumps(body) if body is not None else None)
-        response = connection.getresponse()
-        text = response.read().decode()
-        assert response.status == 200, f"{method} {target}: {response.status} {text}"
-        return json.loads(text)
-    finally:
-        connection.close()
 
 
 def make_cluster(

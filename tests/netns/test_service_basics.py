@@ -115,7 +115,7 @@ def test_services_come_and_go_by_command(cluster, client, spot, tmp_path):
         file = tmp_path / "service.json"
         file.write_text(json.dumps(service("goes", other.vip, [port(80)], [S2, S3])))
         for _ in range(2):
-            cluster.node.cli("service", "set", "default/goes", "--file", str(file))
+            cluster.node.cli("service", "set", "-f", str(file))
             assert set(names(client, "tcp", (other.vip, 80), 4)) == {"s2", "s3"}
             assert set(names(client, "tcp", (spot.vip, 80), 4)) == {"s1", "s2"}
             cluster.node.cli("service", "delete", "default/goes")

@@ -22,7 +22,6 @@ from tests.netns.services import (
     Cluster,
     Spot,
     both,
-    call,
     e2e,
     make_cluster,
     port,
@@ -174,16 +173,13 @@ def test_a_drained_endpoint_goes_with_its_last_connection(cluster, client, spot)
         with connected(client, spot.vip, 80) as open_one:
             assert post(open_one).name == "s1"
             cluster.set(service("web", spot.vip, [port(80)], [S2]))
-            assert rows(cluster, "endpoints", spot.vip) == {f"{S1}:{HTTP}": "draining", f"{S2}:{HTTP}": "ready"}
+            assert endpoints(cluster, spot.vip) == {f"{S1}:{HTTP}": "draining", f"{S2}:{HTTP}": "ready"}
             open_one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)  # RST: 10 s, where FIN would take 120
-        eventually(lambda: rows(cluster, "endpoints", spot.vip) == {f"{S2}:{HTTP}": "ready"}, timeout=20)
+        eventually(lambda: endpoints(cluster, spot.vip) == {f"{S2}:{HTTP}": "ready"}, timeout=20)
 
 
-def rows(cluster: Cluster, kind: str, vip: str) -> dict[str, str]:
-    """Return the state of each endpoint, or the backend of each template, of a service address."""
-    found = [each for each in call(cluster.node.socket, "GET", f"/v1/{kind}")[kind] if each["virtual_address"] == vip]
-    if kind == "persistence":
-        return {each["client"]: each["backend"] for each in found}
+def endpoints(cluster: Cluster, vip: str) -> dict[str, str]:
+    found = [each for each in cluster.rows("endpoints") if each["virtual_address"] == vip]
     return {f"{each['address']}:{each['port']}": each["state"] for each in found}
 
 
@@ -220,11 +216,15 @@ def test_affinity_ends_with_its_timeout(cluster, client, spot, protocol, what):
     with cluster.use(service("web", spot.vip, both(80, spot.node_port), [S1, S2, S3], **keys)):
         first = names(where, protocol, target, 5)
         assert len(set(first)) == 1
-        assert rows(cluster, "persistence", target[0]) != {}
+        assert templates(cluster, target[0]) != []
         if protocol == "tcp":  # a connection in TIME_WAIT keeps its client's affinity for 2 minutes, as ip_vs has it
-            call(cluster.node.socket, "DELETE", f"/v1/conntrack?dst={target[0]}")
-        eventually(lambda: rows(cluster, "persistence", target[0]) == {}, timeout=10)
+            cluster.forget(target[0])
+        eventually(lambda: templates(cluster, target[0]) == [], timeout=10)
         assert names(where, protocol, target, 1) != first[:1]  # rr goes on to the next
+
+
+def templates(cluster: Cluster, address: str) -> list[str]:
+    return [each["backend"] for each in cluster.rows("persistence") if each["virtual_address"] == address]
 
 
 # --- packets that belong to nothing ----------------------------------------------------------------------------------

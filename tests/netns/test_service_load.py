@@ -9,7 +9,7 @@ import pytest
 
 from tests.netns.harness import Network, Process
 from tests.netns.ours import assert_balanced
-from tests.netns.services import Cluster, Spot, call, make_cluster, port, service
+from tests.netns.services import Cluster, Spot, make_cluster, port, service
 
 pytestmark = pytest.mark.netns
 
@@ -47,8 +47,8 @@ def result(load: Process) -> dict[str, int]:
 def test_twenty_thousand_connections_go_round_exactly(cluster, spot):
     with cluster.use(service("web", spot.vip, [port(80)], [*SERVERS.values()])):
         assert result(start(cluster, spot, 20_000)) == dict.fromkeys(SERVERS, 5000)
-        rows = call(cluster.node.socket, "GET", "/v1/services")["services"]
-        assert [each["connections"] for each in rows if each["address"] == spot.vip] == [20_000]
+        rows = [each for each in cluster.rows("services") if each["address"] == spot.vip]
+        assert [each["connections"] for each in rows] == [20_000]
     assert_balanced(cluster.node)
 
 

@@ -12,12 +12,12 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.l2 import Ether
 
+from dataplane.control import client
 from tests.netns import checks
 from tests.netns.harness import Namespace, Network, Node, eventually
 from tests.netns.ours import assert_balanced, drops
@@ -31,7 +31,6 @@ from tests.netns.services import (
     Pod,
     Spot,
     both,
-    call,
     make_cluster,
     port,
     selftest,
@@ -175,12 +174,12 @@ def configured(node: Node, line: str) -> Iterator[None]:
     """Have one more key in [pods]."""
     before = node.config.read_text()
     node.write(before.replace("[pods]\n", f"[pods]\n{line}\n", 1))
-    call(node.socket, "POST", "/v1/reload")
+    client.reload(node.socket)
     try:
         yield
     finally:
         node.write(before)
-        call(node.socket, "POST", "/v1/reload")
+        client.reload(node.socket)
 
 
 @selftest("masquerade keeps a free source port", "nft_nat.sh")
@@ -304,7 +303,7 @@ def test_a_connection_without_an_answer_finds_a_service_that_comes(cluster, rout
             eventually(lambda: packets(cluster, spot.external) >= 3, timeout=10)  # after 1 and 3 s
             assert timeouts(cluster, spot.external)[0] <= left[0] - 2
             with cluster.use(service("late", spot.vip, [port(80)], [POD2], externalIPs=[spot.external])):
-                call(cluster.node.socket, "DELETE", f"/v1/conntrack?dst={spot.external}")  # what 120 s would do
+                cluster.forget(spot.external)  # what 120 s would do
                 waiting.settimeout(10)
                 waiting.send(b"")
                 assert post(waiting).name == "pod2"
@@ -313,16 +312,11 @@ def test_a_connection_without_an_answer_finds_a_service_that_comes(cluster, rout
 
 
 def timeouts(cluster: Cluster, address: str) -> list[int]:
-    return [flow["timeout_s"] for flow in flows(cluster, address)]
+    return [flow["timeout_s"] for flow in cluster.rows("conntrack", dst=address)]
 
 
 def packets(cluster: Cluster, address: str) -> int:
-    return sum(flow["original"]["packets"] for flow in flows(cluster, address))
-
-
-def flows(cluster: Cluster, address: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = call(cluster.node.socket, "GET", f"/v1/conntrack?dst={address}")["conntrack"]
-    return found
+    return sum(flow["original"]["packets"] for flow in cluster.rows("conntrack", dst=address))
 
 
 # --- nf_nat_edemux.sh ------------------------------------------------------------------------------------------------
