@@ -253,10 +253,9 @@ def insert(arrays: Any, now_ns: int) -> int:
     word, reply_word = hash_tuple(arrays, original), hash_tuple(arrays, reply)
     tagged.ask(slots, reply_word)
     row = _next_row(arrays)
-    if _search(arrays, word, original) >= 0 or _search(arrays, reply_word, reply) >= 0:
+    is_in = _search(arrays, word, original) >= 0 or _search(arrays, reply_word, reply) >= 0
+    if is_in or _same(original, reply):
         state[Count.INSERT_FAILED] += 1
-        return CLASH
-    if _same(original, reply):
         return CLASH
     if row < 0:
         return FULL
