@@ -50,8 +50,8 @@ TRANSLATIONS = """
   icmp     back      198.51.100.7          192.0.2.11:40000      -> 198.51.100.7          10.244.1.10:7
   icmp     out       10.244.1.10:7         198.51.100.7          -> 192.0.2.11:7          198.51.100.7
   icmp     back      198.51.100.7          192.0.2.11:7          -> 198.51.100.7          10.244.1.10:7
-  gre      out       10.244.1.10           198.51.100.7          -> 192.0.2.11            198.51.100.7
-  gre      back      198.51.100.7          192.0.2.11            -> 198.51.100.7          10.244.1.10
+  other    out       10.244.1.10           198.51.100.7          -> 192.0.2.11            198.51.100.7
+  other    back      198.51.100.7          192.0.2.11            -> 198.51.100.7          10.244.1.10
 # a service
   udp      out       10.244.1.10:4000      10.96.0.10:53         -> 10.244.1.10:4000      10.244.2.10:5353
   udp      back      10.244.2.10:5353      10.244.1.10:4000      -> 10.96.0.10:53         10.244.1.10:4000
@@ -69,8 +69,8 @@ TRANSLATIONS = """
   tcp      back      [fd00:2::10]:6443     [fd00::10]:4000       -> [fd00:96::1]:443      [fd00::10]:4000
   icmp6    out       [fd00::10]:7          [2001:db8::7]         -> [2001:db8::11]:9      [2001:db8::7]
   icmp6    back      [2001:db8::7]         [2001:db8::11]:9      -> [2001:db8::7]         [fd00::10]:7
-  gre      out       [fd00::10]            [2001:db8::7]         -> [2001:db8::11]        [2001:db8::7]
-  gre      back      [2001:db8::7]         [2001:db8::11]        -> [2001:db8::7]         [fd00::10]
+  other    out       [fd00::10]            [2001:db8::7]         -> [2001:db8::11]        [2001:db8::7]
+  other    back      [2001:db8::7]         [2001:db8::11]        -> [2001:db8::7]         [fd00::10]
 """
 
 
@@ -156,9 +156,9 @@ ADDRESSES = {
 def translations(draw):
     """The two ways of a flow, both ends of which may be translated."""
     family = draw(st.sampled_from([4, 6]))
-    protocol = draw(st.sampled_from([6, 17, 1 if family == 4 else 58, 47]))
+    protocol = draw(st.sampled_from([6, 17, 1 if family == 4 else 58, 253]))
     client, service, backend, mask = (draw(ADDRESSES[family]) for _ in range(4))
-    ports = [draw(st.integers(0, 0xFFFF)) if protocol != 47 else 0 for _ in range(4)]
+    ports = [draw(st.integers(0, 0xFFFF)) if protocol != 253 else 0 for _ in range(4)]
     if protocol in (1, 58):
         ports[1] = ports[2] = 0
     original = Way(protocol, Side(client, ports[0]), Side(service, ports[1]))

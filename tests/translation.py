@@ -1,7 +1,7 @@
 """Flows and their packets for tests of translation: what a packet of each direction comes in as, and leaves as.
 
-A side of a packet is written ``10.244.1.10:4000``, ``[2001:db8::1]:53`` or ``[2001:db8::1]``; of ICMP the port is the identifier, and the
-other side has none; other protocols have no ports at all.
+A side of a packet is written ``10.244.1.10:4000``, ``[2001:db8::1]:53`` or ``[2001:db8::1]``. An ICMP query has its
+identifier for a port on the side that asks and none on the other; other protocols have no ports at all.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6, _ICMPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import NoPayload, Packet, Raw
 
@@ -24,7 +24,8 @@ from dataplane.verdict import Verdict
 from tests import world as w
 from tests.world import Outcome, World
 
-PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmp6": 58, "gre": 47}
+PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmp6": 58, "other": 253}
+_COMPUTED = (IP, IPv6, TCP, UDP, ICMP, _ICMPv6)  # and not what scapy sees in a payload because of its port
 QUERIES = {1: (8, 0), 58: (128, 129)}  # request, reply
 
 
@@ -77,7 +78,7 @@ def ip(protocol: int, src: str, dst: str, **fields: Any) -> Packet:
 
 
 def packet(of: Way, payload: bytes = b"payload", reply: bool = False, **fields: Any) -> Packet:
-    """A packet that comes in this way; of an ICMP query, the identifier is the sender's port or a reply's receiver's."""
+    """A packet that comes in this way; ``reply`` makes an ICMP query's answer."""
     header = ip(of.protocol, of.src.address, of.dst.address, **fields)
     if of.protocol == 6:
         return header / TCP(sport=of.src.port, dport=of.dst.port, flags="PA", seq=77) / Raw(payload)
@@ -110,7 +111,7 @@ def recomputed(frame: bytes) -> bytes:
     whole = Ether(frame)
     layer = whole
     while not isinstance(layer, NoPayload):
-        for name in ("len", "chksum", "plen", "cksum"):
+        for name in ("len", "chksum", "plen", "cksum") if isinstance(layer, _COMPUTED) else ():
             absent = isinstance(layer, UDP) and name == "chksum" and layer.chksum == 0
             if name in layer.fields and not absent:
                 layer.delfieldval(name)  # forgets the bytes that were read, too
