@@ -21,11 +21,12 @@ from dataplane.devices.transmit import transmit
 from dataplane.pipeline import Tables
 from dataplane.resolve import Outgoing
 from dataplane.slowpath import SlowPath
-from dataplane.stages import defrag
+from dataplane.stages import conntrack, defrag
 from dataplane.verdict import Reason
 
 RETRY_SECONDS = 1.0
 TICK_SECONDS = 1.0
+SWEEP_ROWS = 1 << 18  # flows that a tick looks at: 1 ms
 _ROUNDS = 4  # an injected frame may be punted again (an error about an error has no error): bounded all the same
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class Engine:
     def _warm_burst(self) -> None:
         pipeline.burst(self._batch, pipeline.LOADED, self._arrays, self._io, self._clock(), 0)
         defrag.expire(self._arrays, self._clock())
+        conntrack.expire(self._arrays, self._clock(), 0)
 
     # --- the slow path -----------------------------------------------------------------------------------------------
 
@@ -208,6 +210,7 @@ class Engine:
         self._ticking = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
         now = self._clock()
         defrag.expire(self._arrays, now)
+        conntrack.expire(self._arrays, now, SWEEP_ROWS)
         self.inject(self.slow.tick(now))
         for watcher in self._watchers:
             watcher(now)

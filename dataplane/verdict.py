@@ -48,7 +48,7 @@ class Reason(IntEnum):
     # Taken over: the stage has answered the packet or keeps its bytes.
     ARP_ANSWERED = 1, Verdict.STOLEN, "arp", "turned into the ARP reply"
     FRAGMENT_HELD = 2, Verdict.STOLEN, "defrag", "kept until its datagram is whole"
-    HOST_OWNED = 3, Verdict.STOLEN, "guard", "on the shared uplink and meant for the host's own stack"
+    HOST_OWNED = 3, Verdict.STOLEN, "conntrack", "on the shared uplink and meant for the host's own stack"
 
     # Left to the slow path, which answers, holds or re-injects.
     ARP_LEARN = 8, Verdict.QUEUE, "arp", "tells the address of a neighbor on the uplink"

@@ -7,10 +7,11 @@ compiler, the outputs must be equal.
 import hashlib
 import sys
 from collections.abc import Iterator
+from ipaddress import ip_network
 from random import Random
 from typing import Any, NamedTuple
 
-from scapy.layers.inet import IPOption_NOP, IPOption_RR
+from scapy.layers.inet import ICMP, IP, IPOption_NOP, IPOption_RR
 from scapy.layers.inet6 import UDP, IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.packet import Raw
 
@@ -18,7 +19,8 @@ from dataplane import batch as b
 from dataplane import pipeline
 from dataplane.devices.memory import Vnet, collect, load
 from dataplane.engine import Engine
-from dataplane.stages import defrag
+from dataplane.stages import conntrack, defrag
+from dataplane.tables.policy import LOCAL, NO_LOCAL, Exposure
 from dataplane.tables.route import Kind, Route
 from tests import frames as f
 from tests import world as w
@@ -36,6 +38,17 @@ class Arrival(NamedTuple):
 V6_A, V6_B, V6_REMOTE = "2001:db8::a", "2001:db8::b", "2001:db8:2::1"
 TARGETS = (w.IP_A, w.IP_B, w.IP_FREE, w.IP_REMOTE, w.IP_LOST, w.NODE, w.PEER, w.OUTSIDE, w.LAN_GATEWAY, "203.0.113.9")
 ODD_TARGETS = ("8.8.8.8", "127.0.0.1", "224.0.0.1", "255.255.255.255", "0.0.0.0", "169.254.1.1")
+SERVICES = (
+    (w.VIP, 80),
+    (w.VIP, 80),
+    (w.VIP, 53),
+    (w.VIP, 81),
+    (w.VIP, 82),
+    (w.NODE, 30080),
+    (w.LB_IP, 80),
+    (w.LB_IP, 81),
+)
+FLAGS = ("S", "S", "S", "A", "A", "PA", "FA", "R", "RA", "SF", "FSPU")
 OPTIONS: tuple[list[Any], ...] = ([], [IPOption_NOP()], [IPOption_RR(routers=["0.0.0.0"] * 9)])
 
 
@@ -52,6 +65,10 @@ class Corpus:
             self._fragments,
             self._large,
             self._v6,
+            self._service,
+            self._service,
+            self._reply,
+            self._error,
         )
 
     def arrivals(self, count: int) -> list[Arrival]:
@@ -151,6 +168,50 @@ class Corpus:
         packet = head / middle / UDP(sport=1, dport=2) / Raw(b"x" * 30) if not isinstance(middle, Raw) else head / UDP()
         yield Arrival(w.POD_A, bytes(f.pod_frame(packet)))
 
+    def _service(self) -> Iterator[Arrival]:
+        """A client of a service, one of few with few ports, so that many of its packets are of known flows."""
+        pick = self.random.choice
+        target, port = pick(SERVICES)
+        source = pick((w.IP_A, w.IP_B, w.OUTSIDE, w.LAN_GATEWAY))
+        sport = pick((4000, 4001))
+        if self.random.random() < 0.5:
+            yield self._arrival(f.udp(target, src=source, sport=sport, dport=port))
+            return
+        ip = f.tcp(target, src=source, size=pick((0, 0, 100)), flags=pick(FLAGS))
+        ip["TCP"].sport, ip["TCP"].dport, ip["TCP"].seq = sport, port, self.random.randrange(3)
+        yield self._arrival(ip)
+
+    def _reply(self) -> Iterator[Arrival]:
+        """What a backend may say to such a client, or to one that was masqueraded."""
+        pick = self.random.choice
+        source = pick((w.IP_A, w.IP_B))
+        target, sport = pick((w.IP_A, w.IP_B, w.OUTSIDE, w.NODE)), pick((8080, 5353))
+        dport = self.random.randrange(1024, 65536) if target == w.NODE else pick((4000, 4001))
+        if sport == 5353:
+            yield self._arrival(f.udp(target, src=source, sport=sport, dport=dport))
+            return
+        ip = f.tcp(target, src=source, flags=pick(("SA", "SA", *FLAGS)))
+        ip["TCP"].sport, ip["TCP"].dport = sport, dport
+        yield self._arrival(ip)
+
+    def _error(self) -> Iterator[Arrival]:
+        """An ICMP error about a packet that we may have sent, sometimes to one who has not sent it, sometimes torn."""
+        pick = self.random.choice
+        source, target = pick((w.IP_A, w.IP_B, w.OUTSIDE)), pick((w.IP_A, w.IP_B, w.OUTSIDE))
+        quoted = f.udp(target, src=source, sport=pick((4000, 5353)), dport=pick((53, 4000)))
+        to = source if self.random.random() < 0.8 else w.IP_B
+        quote = bytes(quoted)[: pick((12, 28, 36, 36))]
+        kind = pick((3, 3, 4, 5, 11, 12))
+        yield self._arrival(IP(src=target, dst=to) / ICMP(type=kind, code=pick((0, 1, 4))) / Raw(quote))
+
+    def _arrival(self, ip: Any) -> Arrival:
+        """An IP packet by the interface that its source is behind."""
+        pods = {w.IP_A: (w.POD_A, w.MAC_A), w.IP_B: (w.POD_B, w.MAC_B)}
+        if ip.src in pods:
+            iif, mac = pods[ip.src]
+            return Arrival(iif, bytes(f.pod_frame(ip, mac)))
+        return Arrival(w.UPLINK, bytes(f.lan_frame(ip)))
+
     def _noise(self) -> Arrival:
         head = (
             pick_mac(self.random)
@@ -198,6 +259,15 @@ class Network(World):
         for address, pod in ((V6_A, w.POD_A), (V6_B, w.POD_B)):
             self.route(f"{address}/128", Route(Kind.POD, pod))
         self.route("2001:db8:2::/64", Route(Kind.TUNNEL, vtep=self.peer))
+        pods = [(w.IP_A, 8080), (w.IP_B, 8080)]
+        dns = [(w.IP_A, 5353), (w.IP_B, 5353)]
+        self.service(w.VIP, 80, *pods)
+        self.service(w.VIP, 53, *dns, protocol="udp")
+        self.service(w.VIP, 81)
+        self.service(w.NODE, 30080, *pods, (w.IP_REMOTE, 8080), exposure=Exposure.NODE_PORT)
+        self.service(w.LB_IP, 80, *pods, exposure=Exposure.LOAD_BALANCER, ranges=[ip_network(f"{w.OUTSIDE}/32")])
+        self.service(w.LB_IP, 81, *pods, exposure=Exposure.LOAD_BALANCER, flags=LOCAL | NO_LOCAL)
+        self.tables.settings[b.NAT_OUTGOING] = 1
         self.slow = self.slow_path()
         self.engine = Engine(self.tables, self.slow, clock=lambda: self.now)
         self.engine.refresh()
@@ -221,6 +291,7 @@ class Network(World):
         for _ in range(seconds):
             self.now += SECOND
             defrag.expire(self.tables.arrays, self.now)
+            conntrack.expire(self.tables.arrays, self.now, w.FLOWS)
             self.engine.inject(self.slow.tick(self.now))
 
 
@@ -232,7 +303,20 @@ def by_interface(arrivals: list[Arrival]) -> Iterator[tuple[int, list[Arrival]]]
             yield iif, own[k : k + 16]
 
 
-COLUMNS = ("verdict", "reason", "oif", "flags", "vnet_flags", "gso_type", "gso_size", "mtu", "vtep", "max_fragment")
+COLUMNS = (
+    "verdict",
+    "reason",
+    "oif",
+    "flags",
+    "flow",
+    "mark",
+    "vnet_flags",
+    "gso_type",
+    "gso_size",
+    "mtu",
+    "vtep",
+    "max_fragment",
+)
 
 
 def transcript(seed: int, count: int) -> Iterator[str]:

@@ -314,5 +314,6 @@ def test_the_corpus_reaches_most_reasons():
     rare |= {Reason.OVERLOAD_RX_RING, Reason.OVERLOAD_TX_FULL, Reason.OVERLOAD_SLOW_PATH, Reason.DEVICE_DOWN}
     rare |= {Reason.DEVICE_ERROR, Reason.IP_FRAG_OVERLAP, Reason.TUNNEL_OWN_MAC, Reason.TUNNEL_INNER_MAC}
     rare |= {Reason.TUNNEL_TRUNCATED, Reason.L2_TOO_SHORT, Reason.TUNNEL_BAD_FLAGS, Reason.TUNNEL_RESERVED}
-    rare |= {Reason.TUNNEL_VNI}
+    rare |= {Reason.TUNNEL_VNI, Reason.LB_DEST_DELETED, Reason.CT_WINDOW, Reason.CT_TABLE_FULL, Reason.CT_CLASH}
+    rare |= {Reason.NAT_NO_PORT, Reason.NAT_MASQ_NO_ADDR, Reason.CT_BAD_RST}
     assert set(Reason) - reached <= rare

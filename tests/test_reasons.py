@@ -1,18 +1,23 @@
 """Every reason can be reached: one scenario for each, and a test that fails for a reason without one."""
 
 from collections.abc import Callable
+from ipaddress import ip_address
 
+import numpy as np
 import pytest
-from scapy.layers.inet import IP, UDP
+from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.l2 import Ether
-from scapy.packet import Raw
+from scapy.packet import Packet, Raw
 
+from dataplane import batch as b
 from dataplane import pipeline
 from dataplane.batch import ROWS
 from dataplane.resolve import QUEUE_BYTES, SECOND
 from dataplane.slowpath import SlowPath
 from dataplane.stages import defrag
+from dataplane.tables.flow import ASSURED
 from dataplane.tables.interface import Driver
+from dataplane.tables.policy import LOCAL, NO_LOCAL
 from dataplane.verdict import Reason
 from tests import world as w
 from tests.frames import arp_request, fragments, inner_frame, lan_frame, ping, pod_frame, tcp, tunnel, udp
@@ -184,6 +189,101 @@ def _(world: World) -> None:
 @reaches(Reason.OVERLOAD_RX_RING)
 def _(world: World) -> None:
     pipeline.count_lost(world.tables.counters, 3)
+
+
+def service(*packets: object, backends: int = 1, **fields: object) -> Scenario:
+    """A service at the VIP's port 80, and packets from pod a."""
+
+    def run(world: World) -> None:
+        world.service(w.VIP, 80, *[(w.IP_B, 8080 + k) for k in range(backends)], **fields)
+        for packet in packets:
+            world.one(pod_frame(packet), w.POD_A)
+
+    return run
+
+
+SYN = tcp(w.VIP, flags="S", size=0)
+SCENARIOS |= {
+    Reason.SVC_NO_ENDPOINTS: service(SYN, backends=0),
+    Reason.SVC_NO_LOCAL_ENDPOINTS: service(SYN, flags=LOCAL | NO_LOCAL),
+    Reason.SVC_SOURCE_RANGE: service(SYN, ranges=[]),
+    Reason.SVC_VIP_CLOSED_PORT: service(udp(w.VIP, dport=81)),
+    Reason.CT_NOT_SYN: from_pod(pod_frame(tcp(w.IP_B, flags="FA"))),
+    Reason.CT_INVALID_FLAGS: from_pod(pod_frame(tcp(w.IP_B, flags="FSRPAU"))),
+    Reason.ICMP_BAD_INNER: from_pod(pod_frame(IP(src=w.IP_A, dst=w.IP_B) / ICMP(type=3) / Raw(b"E" * 12))),
+    Reason.ICMP_UNRELATED: from_pod(
+        pod_frame(IP(src=w.IP_A, dst=w.IP_B) / ICMP(type=3, code=1) / udp(w.IP_A, src=w.IP_B))
+    ),
+}
+
+
+@reaches(Reason.LB_DEST_DELETED)
+def _from_a_deleted_backend(world: World) -> None:
+    row = world.service(w.VIP, 53, (w.IP_B, 5353), protocol="udp")
+    world.one(pod_frame(udp(w.VIP)), w.POD_A)
+    world.tables.services.remove(row, ip_address(w.IP_B), 5353)
+    world.one(pod_frame(udp(w.IP_A, src=w.IP_B, sport=5353, dport=4000), source=w.MAC_B), w.POD_B)
+
+
+@reaches(Reason.CT_BAD_RST)
+def _a_blind_reset(world: World) -> None:
+    handshake(world)
+    world.one(pod_frame(segment("R", seq=7)), w.POD_A)
+
+
+@reaches(Reason.CT_WINDOW)
+def _a_segment_out_of_the_window(world: World) -> None:
+    world.tables.settings[b.TCP_LIBERAL] = 0
+    handshake(world)
+    world.one(pod_frame(segment("A", seq=1 << 30, ack=2001)), w.POD_A)
+
+
+def segment(flags: str, seq: int, ack: int = 0, reply: bool = False) -> Packet:
+    source, target, ports = (w.IP_B, w.IP_A, (80, 4000)) if reply else (w.IP_A, w.IP_B, (4000, 80))
+    return IP(src=source, dst=target) / TCP(sport=ports[0], dport=ports[1], flags=flags, seq=seq, ack=ack)
+
+
+def handshake(world: World) -> None:
+    world.one(pod_frame(segment("S", seq=1000)), w.POD_A)
+    world.one(pod_frame(segment("SA", seq=2000, ack=1001, reply=True), source=w.MAC_B), w.POD_B)
+    world.one(pod_frame(segment("A", seq=1001, ack=2001)), w.POD_A)
+
+
+@reaches(Reason.CT_TABLE_FULL)
+def _every_flow_is_assured(world: World) -> None:
+    fill(world)
+    world.one(pod_frame(udp(w.IP_B)), w.POD_A)
+
+
+def fill(world: World) -> None:
+    for port in range(1, 1 + w.FLOWS):
+        world.one(pod_frame(udp(w.IP_B, sport=port, dport=9)), w.POD_A)
+    world.tables.flows.flows["status"][: w.FLOWS] |= np.uint16(ASSURED)
+
+
+@reaches(Reason.CT_CLASH)
+def _no_port_tells_two_replies_apart(world: World) -> None:
+    """A client that has all ports of the class in use towards a backend, and comes once more through its service."""
+    world.service(w.VIP, 9, (w.IP_B, 9), protocol="udp")
+    for port in range(1, 512):
+        world.one(pod_frame(udp(w.IP_B, sport=port, dport=9)), w.POD_A)
+    world.one(pod_frame(udp(w.VIP, sport=1, dport=9)), w.POD_A)
+
+
+@reaches(Reason.NAT_NO_PORT)
+def _the_only_port_is_taken(world: World) -> None:
+    settings = world.tables.settings
+    settings[b.NAT_OUTGOING], settings[b.MASQUERADE_LOW], settings[b.MASQUERADE_HIGH] = 1, 50000, 50000
+    for port in (1, 2):
+        world.one(pod_frame(udp(w.OUTSIDE, sport=port)), w.POD_A)
+
+
+@reaches(Reason.NAT_MASQ_NO_ADDR)
+def _a_node_without_any_address(world: World) -> None:
+    for setting in (b.NODE_LO, b.GATEWAY_LO, b.TUNNEL_LO):
+        world.tables.settings[setting] = 0
+    world.service(w.VIP, 80, (w.IP_A, 8080))
+    world.one(pod_frame(SYN), w.POD_A)
 
 
 @pytest.mark.parametrize("reason", list(Reason), ids=lambda reason: reason.label)

@@ -350,7 +350,7 @@ def test_a_ping_with_a_wrong_checksum_is_not_answered(node):
     assert node.count(Reason.LOCAL_NO_LISTENER) == 1
 
 
-@pytest.mark.parametrize("kind", [0, 3, 11, 13, 15, 17])
+@pytest.mark.parametrize("kind", [3, 11, 13, 15, 17])
 def test_other_icmp_to_the_node_is_dropped_in_silence(node, kind):
     ip = IP(src=w.IP_A, dst=w.NODE) / ICMP(type=kind) / Raw(b"x" * 28)
     assert node.answers(pod_frame(ip)) == []

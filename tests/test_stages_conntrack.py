@@ -1,11 +1,7 @@
-"""What becomes of packets that begin, continue and end flows: tables of packets in and packets out."""
+"""What becomes of packets that begin, continue and end flows, and of errors about them."""
 
-import re
-from ipaddress import ip_address
-
-import numpy as np
 import pytest
-from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Raw
@@ -13,101 +9,12 @@ from scapy.packet import Raw
 from dataplane import batch as b
 from dataplane.stages import conntrack
 from dataplane.tables.flow import Count, Timeout
-from dataplane.tables.policy import LOCAL, NO_LOCAL, Exposure
 from dataplane.tables.route import Kind, Route
-from dataplane.tables.scheduler import PERSISTENT
-from dataplane.tables.service import Destination, Service
 from dataplane.verdict import Reason
 from tests import world as w
-from tests.frames import inner_frame, lan_frame, pod_frame, recomputed, tunnel
+from tests.frames import lan_frame, pod_frame, recomputed
+from tests.lines import DEVICES, NAMES, Scenario, entering, leaving, packet_of
 from tests.world import World
-
-NAMES = {"a": w.IP_A, "b": w.IP_B, "remote": w.IP_REMOTE, "node": w.NODE, "vip": w.VIP, "lb": w.LB_IP,
-         "tunnel": w.TUNNEL_ADDRESS, "out": w.OUTSIDE, "lan": w.LAN_GATEWAY, "free": w.IP_FREE}  # fmt: skip
-WORDS = {address: name for name, address in NAMES.items()}
-LINE = re.compile(r"(\w+): (tcp|udp|icmp)(?: (\w+))? (\S+) > (\S+)(?: -> (.*))?")
-DEVICES = {w.POD_A: "a", w.POD_B: "b", w.UPLINK: "lan", w.UNDERLAY: "tunnel", w.HOST: "host"}
-QUERIES = {8: "echo", 0: "reply"}
-
-
-def endpoint(text):
-    name, _, port = text.partition(":")
-    return NAMES[name], int(port or 0)
-
-
-def packet_of(protocol, what, source, target):
-    """An IP packet for one side of a line."""
-    (src, sport), (dst, dport) = endpoint(source), endpoint(target)
-    ip = IP(src=src, dst=dst)
-    if protocol == "icmp":
-        return ip / ICMP(type=0 if what == "reply" else 8, id=sport or dport, seq=1) / Raw(b"ping")
-    if protocol == "udp":
-        return ip / UDP(sport=sport, dport=dport) / Raw(b"data")
-    seq, ack = {"S": (1000, 0), "SA": (1999, 1001)}.get(what, (1001, 2000))
-    return ip / TCP(sport=sport, dport=dport, flags=what, seq=seq, ack=ack)
-
-
-def entering(device, ip):
-    """The frame that carries a packet in by a device, and the device's row."""
-    if device in ("a", "b"):
-        return pod_frame(ip, source=w.MAC_A if device == "a" else w.MAC_B), w.POD_A if device == "a" else w.POD_B
-    if device == "tunnel":
-        return tunnel(inner_frame(ip)), w.UNDERLAY
-    if device == "host":
-        return Ether(src=w.HOST_MAC, dst=w.HOST_MAC) / ip, w.HOST
-    return lan_frame(ip), w.UPLINK
-
-
-def leaving(outcome):
-    """What left, in the words of a line: ``b: 10.244.1.10:4000 > b:53``, ports above 1023 that were not given as *."""
-    if outcome.label not in ("accepted",):
-        return outcome.label
-    frame = outcome.frame
-    ether = Ether(frame)
-    if outcome.record["flags"] & b.ENCAPSULATED:
-        ether = Ether(frame[50:])
-    assert bytes(ether) == recomputed(bytes(ether)), "checksums"
-    ip = ether[IP]
-    if ICMP in ip and ip[ICMP].type in QUERIES:
-        ports = (ip[ICMP].id, 0) if ip[ICMP].type == 8 else (0, ip[ICMP].id)
-    else:
-        ports = (ip.payload.sport, ip.payload.dport)
-    sides = [
-        WORDS.get(address, address) + (f":{port}" if port else "")
-        for address, port in zip((ip.src, ip.dst), ports, strict=True)
-    ]
-    return f"{DEVICES[outcome.oif]}: {' > '.join(sides)}"
-
-
-class Scenario:
-    """Runs lines of ``device: protocol flags source > target -> what leaves``, remembering chosen ports by ``*``."""
-
-    def __init__(self, world):
-        self.world = world
-        self.chosen = {}
-
-    def run(self, text):
-        for line in text.strip().splitlines():
-            self.line(line.strip())
-
-    def line(self, line):
-        if line.startswith("wait "):
-            self.world.now += int(line.split()[1]) * w.SECOND
-            conntrack.expire(self.world.tables.arrays, self.world.now, w.FLOWS)
-            return
-        found = LINE.fullmatch(" ".join(line.split()))
-        assert found, line
-        device, protocol, what, source, target, expected = found.groups()
-        source, target = (re.sub(r"\*(\d?)", lambda mark: str(self.chosen[mark[0]]), side) for side in (source, target))
-        frame, iif = entering(device, packet_of(protocol, what, source, target))
-        left = leaving(self.world.one(frame, iif))
-        pattern = re.escape(expected).replace(r"\*", "*")
-        marks = re.findall(r"\*\d?", pattern)
-        shape = re.sub(r"\*\d?", r"(\\d+)", pattern)
-        match = re.fullmatch(shape, left)
-        assert match, f"{line}\n  left: {left}"
-        for mark, port in zip(marks, match.groups(), strict=True):
-            assert self.chosen.setdefault(mark, port) == port, f"{line}: {mark} was {self.chosen[mark]}"
 
 
 @pytest.fixture
@@ -122,7 +29,7 @@ def scenario(world):
     return Scenario(world)
 
 
-# --- without translation ---------------------------------------------------------------------------------------------
+# --- without translation ----------------------------------------------------------------------------------------------
 
 
 def test_a_flow_between_pods_is_tracked_and_not_translated(world, scenario):
@@ -183,295 +90,7 @@ def test_an_unknown_route_leaves_no_flow(world):
     assert world.flows == 0
 
 
-# --- services --------------------------------------------------------------------------------------------------------
-
-
-def test_a_cluster_address_keeps_the_pods_source(world, scenario):
-    world.service(w.VIP, 80, (w.IP_B, 8080))
-    scenario.run("""
-        a: tcp S  a:4000 > vip:80    -> b: a:4000 > b:8080
-        b: tcp SA b:8080 > a:4000    -> a: vip:80 > a:4000
-        a: tcp A  a:4000 > vip:80    -> b: a:4000 > b:8080
-        b: tcp A  b:9 > a:4000       -> a: b:9 > a:4000
-    """)
-
-
-def test_a_pod_reaches_itself_through_its_service(world, scenario):
-    world.service(w.VIP, 80, (w.IP_A, 8080))
-    scenario.run("""
-        a: tcp S  a:4000 > vip:80       -> a: node:4000 > a:8080
-        a: tcp SA a:8080 > node:4000    -> a: vip:80 > a:4000
-    """)
-
-
-def test_a_client_outside_is_masqueraded_with_a_random_port(world, scenario):
-    world.service(w.VIP, 80, (w.IP_B, 8080))
-    scenario.run("""
-        lan: tcp S  out:4000 > vip:80   -> b: node:* > b:8080
-        b:   tcp SA b:8080 > node:*     -> lan: vip:80 > out:4000
-        lan: tcp A  out:4000 > vip:80   -> b: node:* > b:8080
-    """)
-    assert scenario.chosen["*"] != "4000"
-
-
-def test_a_backend_on_another_node_sees_the_tunnels_address(world, scenario):
-    world.service(w.NODE, 30080, (w.IP_REMOTE, 8080), exposure=Exposure.NODE_PORT)
-    scenario.run("""
-        lan:    tcp S  out:4000 > node:30080     -> tunnel: tunnel:* > remote:8080
-        tunnel: tcp SA remote:8080 > tunnel:*    -> lan: node:30080 > out:4000
-    """)
-
-
-EXPOSURES = [
-    (Exposure.CLUSTER_IP, {}, "a", "a:4000"),
-    (Exposure.CLUSTER_IP, {}, "lan", "node:*"),
-    (Exposure.EXTERNAL_IP, {}, "a", "node:*"),
-    (Exposure.EXTERNAL_IP, {"flags": LOCAL}, "lan", "out:4000"),
-    (Exposure.LOAD_BALANCER, {}, "lan", "node:*"),
-    (Exposure.LOAD_BALANCER, {}, "a", "node:*"),
-    (Exposure.LOAD_BALANCER, {"flags": LOCAL}, "lan", "out:4000"),
-]
-
-
-@pytest.mark.parametrize(("exposure", "policy", "device", "seen"), EXPOSURES)
-def test_the_mark_follows_the_exposure_and_the_policy(world, scenario, exposure, policy, device, seen):
-    world.service(w.LB_IP, 80, (w.IP_B, 8080), exposure=exposure, **policy)
-    source = "a:4000" if device == "a" else "out:4000"
-    scenario.line(f"{device}: tcp S {source} > lb:80 -> b: {seen} > b:8080")
-
-
-def test_masquerade_all_means_pods_too(world, scenario):
-    world.tables.settings[b.MASQUERADE_ALL] = 1
-    world.service(w.VIP, 80, (w.IP_B, 8080))
-    scenario.line("a: tcp S a:4000 > vip:80 -> b: node:* > b:8080")
-
-
-def test_without_a_cluster_cidr_nobody_is_masqueraded_at_a_cluster_address(world, scenario):
-    world.tables.policies.set_pools([])
-    world.service(w.VIP, 80, (w.IP_B, 8080))
-    scenario.line("lan: tcp S out:4000 > vip:80 -> b: out:4000 > b:8080")
-
-
-def test_a_service_address_answers_pings_and_refuses_closed_ports(world):
-    world.service(w.VIP, 80, (w.IP_B, 8080))
-    assert world.one(pod_frame(packet_of("icmp", None, "a:7", "vip")), w.POD_A).reason == Reason.LOCAL_DELIVERY
-    closed = world.one(pod_frame(packet_of("tcp", "S", "a:7", "vip:81")), w.POD_A)
-    assert closed.reason == Reason.SVC_VIP_CLOSED_PORT
-    assert closed.record["flags"] & b.OWES_ERROR
-    assert world.flows == 0
-
-
-def test_a_service_without_backends_refuses(world):
-    world.service(w.VIP, 80)
-    refused = world.one(pod_frame(packet_of("tcp", "S", "a:7", "vip:80")), w.POD_A)
-    assert refused.reason == Reason.SVC_NO_ENDPOINTS
-    assert refused.record["flags"] & b.OWES_ERROR
-
-
-def test_source_ranges_and_missing_local_backends_drop_in_silence(world):
-    world.service(w.LB_IP, 80, (w.IP_B, 8080), exposure=Exposure.LOAD_BALANCER, ranges=[])
-    world.service(w.LB_IP, 81, (w.IP_B, 8080), exposure=Exposure.LOAD_BALANCER, flags=LOCAL | NO_LOCAL)
-    for port, reason in ((80, Reason.SVC_SOURCE_RANGE), (81, Reason.SVC_NO_LOCAL_ENDPOINTS)):
-        outcome = world.one(lan_frame(packet_of("tcp", "S", "out:7", f"lb:{port}")), w.UPLINK)
-        assert outcome.reason == reason
-        assert not outcome.record["flags"] & b.OWES_ERROR
-
-
-def test_a_lost_connection_to_a_service_is_reset(world):
-    world.service(w.VIP, 80, (w.IP_B, 8080))
-    for flags in ("A", "FA", "PA"):
-        outcome = world.one(pod_frame(packet_of("tcp", flags, "a:7", "vip:80")), w.POD_A)
-        assert outcome.reason == Reason.CT_NOT_SYN
-        assert outcome.record["flags"] & b.OWES_ERROR
-    count = world.load([pod_frame(packet_of("tcp", "A", "a:7", "vip:80"))], w.POD_A)
-    slow = world.slow_path()
-    outcomes = world.run([pod_frame(packet_of("tcp", "A", "a:7", "vip:80"))], w.POD_A)
-    assert outcomes[0].reason == Reason.CT_NOT_SYN
-    (answer,) = slow.handle(world.batch, count, world.now)
-    reset = Ether(answer.frame)
-    assert (reset[IP].src, reset[IP].dst, reset[TCP].flags, reset[TCP].seq) == (w.VIP, w.IP_A, "R", 2000)
-
-
-def test_connections_are_balanced_and_counted_as_ip_vs_does(world, scenario):
-    row = world.service(w.VIP, 80, (w.IP_A, 8080), (w.IP_B, 8080))
-    scenario.run("""
-        lan: tcp S out:1 > vip:80 -> b: node:*1 > b:8080
-        lan: tcp S out:2 > vip:80 -> a: node:*2 > a:8080
-        lan: tcp S out:3 > vip:80 -> b: node:*3 > b:8080
-    """)
-    counts = {str(address): world.tables.services.backends[at] for at, address, _ in world.tables.services.members(row)}
-    assert (counts[w.IP_B]["active"], counts[w.IP_A]["active"]) == (2, 1)
-    scenario.run("""
-        b:   tcp SA b:8080 > node:*1  -> lan: vip:80 > out:1
-        lan: tcp A  out:1 > vip:80    -> b: node:*1 > b:8080
-        lan: tcp FA out:1 > vip:80    -> b: node:*1 > b:8080
-    """)
-    assert (counts[w.IP_B]["active"], counts[w.IP_B]["inactive"]) == (1, 1)
-    assert int(world.tables.services.services[row]["in_packets"]) == 5
-    scenario.line("wait 400")
-    assert (counts[w.IP_B]["active"], counts[w.IP_B]["inactive"]) == (0, 0)
-
-
-def test_an_idle_connection_leaves_its_backends_counters_and_lives_on(world, scenario):
-    row = world.service(w.VIP, 80, (w.IP_B, 8080))
-    opened = """
-        a: tcp S  a:4000 > vip:80    -> b: a:4000 > b:8080
-        b: tcp SA b:8080 > a:4000    -> a: vip:80 > a:4000
-        a: tcp A  a:4000 > vip:80    -> b: a:4000 > b:8080
-    """
-    scenario.run(opened)
-    at = world.tables.services.find_backend(row, ip_address(w.IP_B), 8080)
-    record = world.tables.services.backends[at]
-    world.now += 901 * w.SECOND
-    conntrack.expire(world.tables.arrays, world.now, w.FLOWS)
-    assert (record["active"], record["inactive"], world.flows) == (0, 0, 1)
-    scenario.line("a: tcp A a:4000 > vip:80 -> b: a:4000 > b:8080")
-    assert (record["active"], record["inactive"]) == (1, 0)
-
-
-def test_a_client_stays_with_its_backend(world, scenario):
-    how = Service(flags=PERSISTENT, timeout_ns=100 * w.SECOND)
-    world.service(w.VIP, 80, (w.IP_A, 8080), (w.IP_B, 8080), how=how)
-    scenario.run("""
-        lan: tcp S out:1 > vip:80 -> b: node:*1 > b:8080
-        lan: tcp S out:2 > vip:80 -> b: node:*2 > b:8080
-        lan: tcp S lan:2 > vip:80 -> a: node:*3 > a:8080
-        lan: tcp S out:3 > vip:80 -> b: node:*4 > b:8080
-        wait 400
-        lan: tcp S out:4 > vip:80 -> b: node:*5 > b:8080
-    """)
-
-
-# --- backends that go ------------------------------------------------------------------------------------------------
-
-
-def test_a_datagram_to_a_deleted_backend_goes_to_another(world, scenario):
-    row = world.service(w.VIP, 53, (w.IP_A, 5353), (w.IP_B, 5353), protocol="udp")
-    scenario.line("lan: udp out:1 > vip:53 -> b: node:*1 > b:5353")
-    world.tables.services.remove(row, ip_address(w.IP_B), 5353)
-    scenario.line("b: udp b:5353 > node:*1 -> lb.dest-deleted")
-    scenario.line("lan: udp out:1 > vip:53 -> a: node:*2 > a:5353")
-    assert world.flows == 1
-
-
-def test_a_segment_to_a_deleted_backend_is_reset(world, scenario):
-    row = world.service(w.VIP, 80, (w.IP_A, 8080), (w.IP_B, 8080))
-    scenario.line("lan: tcp S out:1 > vip:80 -> b: node:*1 > b:8080")
-    world.tables.services.remove(row, ip_address(w.IP_B), 8080)
-    scenario.run("""
-        lan: tcp A out:1 > vip:80 -> ct.not-syn
-        lan: tcp S out:1 > vip:80 -> a: node:*2 > a:8080
-    """)
-
-
-def test_a_client_port_that_is_used_again_is_scheduled_at_once(world, scenario):
-    row = world.service(w.VIP, 80, (w.IP_A, 8080), (w.IP_B, 8080))
-    scenario.line("a: tcp S a:4000 > vip:80 -> b: a:4000 > b:8080")
-    world.tables.services.add(row, ip_address(w.IP_B), 8080, Destination(weight=0))
-    scenario.line("a: tcp S a:4000 > vip:80 -> a: node:4000 > a:8080")
-
-
-# --- masquerading ----------------------------------------------------------------------------------------------------
-
-
-def test_nat_outgoing_is_for_what_leaves_the_pools(world, scenario):
-    world.tables.settings[b.NAT_OUTGOING] = 1
-    scenario.run("""
-        a: udp a:4000 > out:53       -> lan: node:*1 > out:53
-        lan: udp out:53 > node:*1    -> a: out:53 > a:4000
-        a: udp a:4000 > remote:53    -> tunnel: a:4000 > remote:53
-        a: udp a:4000 > b:53         -> b: a:4000 > b:53
-        a: icmp a:7 > out            -> lan: node:*2 > out
-        lan: icmp reply out > node:*2  -> a: out > a:7
-    """)
-
-
-def test_with_keep_if_free_a_source_keeps_its_port_and_its_mapping(world, scenario):
-    world.tables.settings[b.NAT_OUTGOING], world.tables.settings[b.NAT_RANDOM] = 1, 0
-    scenario.run(
-        """
-        a: udp a:4000 > out:53       -> lan: node:4000 > out:53
-        b: udp b:4000 > out:53       -> lan: node:*1 > out:53
-        b: udp b:4000 > lan:53       -> neigh.resolve
-    """.replace("neigh.resolve", "lan: node:*1 > lan:53")
-    )
-    assert scenario.chosen["*1"] != "4000"
-
-
-def test_a_reply_without_a_flow_is_the_hosts(world):
-    assert world.one(lan_frame(packet_of("udp", None, "out:53", "node:40000")), w.UPLINK).reason == Reason.HOST_OWNED
-
-
-def test_no_port_is_free(world, scenario):
-    world.tables.settings[b.NAT_OUTGOING] = 1
-    world.tables.settings[b.MASQUERADE_LOW] = world.tables.settings[b.MASQUERADE_HIGH] = 50000
-    scenario.run("""
-        a: udp a:1 > out:53 -> lan: node:50000 > out:53
-        a: udp a:2 > out:53 -> nat.no-port
-        a: udp a:2 > out:54 -> lan: node:50000 > out:54
-    """)
-
-
-def test_a_client_that_reaches_a_pod_directly_and_by_service_from_one_port_gets_two_flows(world, scenario):
-    world.service(w.VIP, 80, (w.IP_B, 8080), protocol="udp")
-    scenario.run("""
-        a: udp a:4000 > b:8080     -> b: a:4000 > b:8080
-        a: udp a:4000 > vip:80     -> b: a:* > b:8080
-        b: udp b:8080 > a:4000     -> a: b:8080 > a:4000
-        b: udp b:8080 > a:*        -> a: vip:80 > a:4000
-    """)
-    assert scenario.chosen["*"] != "4000"
-
-
-def test_a_masqueraded_flow_dies_with_its_address(world, scenario):
-    world.tables.settings[b.NAT_OUTGOING] = 1
-    scenario.line("a: udp a:4000 > out:53 -> lan: node:*1 > out:53")
-    world.route("198.51.100.0/24", Route(Kind.TUNNEL, vtep=world.peer))
-    scenario.line("a: udp a:4000 > out:53 -> tunnel: node:*1 > out:53")
-    world.tables.settings[b.ROUTE_GENERATION] += np.uint64(1)
-    scenario.line("a: udp a:4000 > out:53 -> tunnel: tunnel:*2 > out:53")
-
-
-def test_without_an_address_nothing_is_masqueraded(world):
-    for setting in (b.NODE_LO, b.GATEWAY_LO, b.TUNNEL_LO):
-        world.tables.settings[setting] = 0
-    world.service(w.VIP, 80, (w.IP_A, 8080))
-    outcome = world.one(pod_frame(packet_of("tcp", "S", "a:7", "vip:80")), w.POD_A)
-    assert outcome.reason == Reason.NAT_MASQ_NO_ADDR
-
-
-# --- the host --------------------------------------------------------------------------------------------------------
-
-
-def test_the_host_reaches_services_and_pods_by_its_device(world, scenario):
-    world.host()
-    world.service(w.VIP, 80, (w.IP_B, 8080))
-    scenario.run("""
-        host: tcp S  node:4000 > vip:80    -> b: node:* > b:8080
-        b:    tcp SA b:8080 > node:*       -> host: vip:80 > node:4000
-        host: tcp S  node:5000 > a:22      -> a: node:5000 > a:22
-        a:    tcp SA a:22 > node:5000      -> host: a:22 > node:5000
-        a:    tcp S  a:6000 > node:10250   -> host: a:6000 > node:10250
-        host: tcp SA node:10250 > a:6000   -> a: node:10250 > a:6000
-    """)
-
-
-def test_what_the_host_sends_into_the_tunnel_comes_from_the_tunnels_address(world, scenario):
-    world.host()
-    scenario.run("""
-        host:   udp node:4000 > remote:53       -> tunnel: tunnel:* > remote:53
-        tunnel: udp remote:53 > tunnel:*        -> host: remote:53 > node:4000
-    """)
-
-
-def test_an_uplink_of_our_own_hands_everything_for_the_node_to_the_host(world, scenario):
-    world.host()
-    scenario.line("lan: tcp S out:4000 > node:22 -> host.owned")
-    world.tables.settings[b.UPLINK_OWN] = 1
-    scenario.line("lan: tcp S out:4000 > node:22 -> host: out:4000 > node:22")
-
-
-# --- ICMP errors -----------------------------------------------------------------------------------------------------
+# --- ICMP errors ------------------------------------------------------------------------------------------------------
 
 
 def error(source, target, quoted, kind=3, code=1):
@@ -531,7 +150,7 @@ def leaving_oif(outcome):
     return DEVICES[outcome.oif]
 
 
-# --- limits and time -------------------------------------------------------------------------------------------------
+# --- limits and time --------------------------------------------------------------------------------------------------
 
 
 def test_a_full_table_gives_up_what_nobody_has_answered(world):

@@ -149,18 +149,6 @@ def test_from_outside_comes(ip, reason, way):
     assert outcome.reason == reason
 
 
-@pytest.mark.parametrize("iif", [w.UPLINK, w.UNDERLAY])
-@pytest.mark.parametrize("ip", [udp(w.NODE, src=w.OUTSIDE), tcp(w.NODE, src=w.PEER), ping(w.NODE, src=w.OUTSIDE)])
-def test_what_is_for_the_host_is_left_to_its_own_stack(ip, iif):
-    outcome = guarded(lan_frame(ip), iif)
-    assert (outcome.verdict, outcome.reason, outcome.oif) == (Verdict.STOLEN, Reason.HOST_OWNED, 0)
-
-
-def test_fragments_of_tunnel_datagrams_are_the_hosts_to_reassemble():
-    for piece in fragments(udp(w.NODE, src=w.PEER, dport=4789, size=3000), 1400):
-        assert WORLD.one(lan_frame(piece), w.UNDERLAY).reason == Reason.HOST_OWNED
-
-
 def test_what_is_for_the_node_through_the_tunnel_is_ours():
     outcome = World().one(tunneled(ping(w.NODE, src=w.IP_REMOTE)), w.UNDERLAY)
     assert (outcome.verdict, outcome.reason) == (Verdict.QUEUE, Reason.LOCAL_DELIVERY)

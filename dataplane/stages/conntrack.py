@@ -72,7 +72,6 @@ def conntrack(batch: Any, count: int, tables: Any, now: int) -> None:
     flows = tables[FLOWS]
     for i in range(count):
         packet = packets[i]
-        packet["flow"] = -1
         if packet["verdict"] == Verdict.ACCEPT:
             word = table.hash_tuple(flows, packet)
             packet["next_lo"] = word  # route needs the field later
@@ -268,7 +267,7 @@ def _is_hosts(packet: Any, tables: Any) -> bool:
     """Say whether the host's own stack gets its own copy of a packet to a node's address: from the shared uplink."""
     role = int(tables[INTERFACE_TABLE][packet["iif"]]["role"])
     tunneled = int(packet["flags"]) & TUNNELED
-    return role == Role.UPLINK and not tunneled and tables[SETTINGS][UPLINK_OWN] == 0
+    return role in (Role.UPLINK, Role.UNDERLAY) and not tunneled and tables[SETTINGS][UPLINK_OWN] == 0
 
 
 # --- new flows -------------------------------------------------------------------------------------------------------
