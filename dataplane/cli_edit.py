@@ -57,7 +57,9 @@ def service() -> None:
 @click.option("--internal-policy", "internalTrafficPolicy", type=click.Choice(["Cluster", "Local"]))
 @socket_option
 def set_service(name: str | None, file: Path | None, path: Path | None, **options: Any) -> None:
-    """Add [NAMESPACE/]NAME, or replace it, endpoints and all.
+    """Add [NAMESPACE/]NAME, or replace it.
+
+    A service that exists keeps its endpoints unless some are given.
 
     A FILE has the keys of [[services.static]] in the node's file: one service, or several under that heading; the first
     that is refused ends the command.
@@ -218,8 +220,9 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
     values |= {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
     if "affinity" in options:
         values |= {"sessionAffinity": "ClientIP", "sessionAffinityTimeout": f"{options['affinity']}s"}
-    values["ports"] = [_port(text) for text in options.get("ports", ())]
-    values["endpoints"] = [_endpoint(text) for text in options.get("endpoints", ())]
+    for key, parse in (("ports", _port), ("endpoints", _endpoint)):
+        if key in options:
+            values[key] = [parse(text) for text in options[key]]
     return values
 
 

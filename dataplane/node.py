@@ -15,10 +15,12 @@ from dataplane import config, settle
 from dataplane.apply import UNDERLAY, Wiring
 from dataplane.batch import TUNNEL_INTERFACE
 from dataplane.control import reconcile
+from dataplane.control.api import Listing
 from dataplane.control.edits import NeedsRestart, describe
 from dataplane.control.health import HealthServer
 from dataplane.control.overlay import Overlay
-from dataplane.control.snapshot import Kind, Reload
+from dataplane.control.query import Query
+from dataplane.control.snapshot import Kind, ListKind, Reload
 from dataplane.control.state import DesiredState, Settings
 from dataplane.devices.device import DeviceError
 from dataplane.devices.journal import Journal
@@ -106,6 +108,18 @@ class Node:
     def snapshot(self, kind: Kind) -> Mapping[str, Any]:
         """Return the snapshot of this kind."""
         return self.report.snapshot(kind)
+
+    def listing(self, kind: ListKind, query: Query) -> Listing:
+        """Return the rows of this kind that pass a query, in pages."""
+        return self.report.listing(kind, query)
+
+    async def delete_flows(self, query: Query) -> int:
+        """Forget the flows that pass a query; packets have their turn all the while."""
+        deleted = 0
+        for count in self.report.deletion(query):
+            deleted += count
+            await asyncio.sleep(0)
+        return deleted
 
     def metrics_text(self) -> str:
         """Return Prometheus' text format."""

@@ -3,23 +3,31 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from dataplane import __version__, pipeline
 from dataplane.apply import Wiring
 from dataplane.batch import ERRORS_LIMITED, INJECTED_TOTAL, RECEIVED
 from dataplane.control import snapshot as shape
-from dataplane.control.snapshot import Kind
+from dataplane.control.api import Listing
+from dataplane.control.query import Query
+from dataplane.control.snapshot import Kind, ListKind
 from dataplane.control.state import Settings
+from dataplane.report_flows import FlowReport
+from dataplane.report_services import ServiceReport
 from dataplane.slowpath import SlowPath
+from dataplane.stages import conntrack
 from dataplane.tables.address import mac_text, to_address
 from dataplane.tables.interface import UP, Driver, Role
 from dataplane.tables.neighbour import State
 from dataplane.tables.route import Kind as RouteKind
 from dataplane.verdict import Reason, Verdict
 
-STAGES = ("receive", "parse", "vxlan", "arp", "guard", "defrag", "route", "transmit", "slowpath")
+STAGES = (
+    *("receive", "parse", "vxlan", "arp", "guard", "defrag", "conntrack", "service", "masquerade", "route", "transmit"),
+    "slowpath",
+)
 """The order in which a packet can be lost; the slow path sees queued packets only."""
 
 
@@ -31,6 +39,11 @@ class Report:
         self._wiring = wiring
         self._tables = wiring.tables
         self._slow = slow
+        tables, names = wiring.tables, wiring.balancer.names
+        self._flows = FlowReport(tables.flows, tables.services, names)
+        self._services = ServiceReport(
+            tables.services, tables.policies, tables.templates, wiring.balancer, lambda: wiring.state
+        )
         self._since = time.time()
         self.ready = False
 
@@ -38,6 +51,25 @@ class Report:
         """Return the snapshot of this kind."""
         take: Mapping[str, Any] = getattr(self, kind)()
         return take
+
+    def listing(self, kind: ListKind, query: Query) -> Listing:
+        """Return the rows of this kind that pass a query, in pages."""
+        rows: Listing = getattr(self._flows if kind in ("conntrack", "nat") else self._services, kind)(query)
+        return rows
+
+    def deletion(self, query: Query) -> Iterator[int]:
+        """End the flows that pass a query, some at each step; yield how many those were."""
+        return self._flows.deletion(query, lambda now, rows: conntrack.expire(self._tables.arrays, now, rows))
+
+    def conntrack_stats(self) -> shape.ConntrackStats:
+        """The flow table's size, and its counters."""
+        flows = self._tables.flows
+        stats: Any = {"flows": len(flows), "limit": flows.capacity, **flows.counters}
+        return cast(shape.ConntrackStats, stats)
+
+    def balancing(self) -> shape.Balancing:
+        """The service tables as a whole."""
+        return self._services.balancing()
 
     def status(self) -> shape.Status:
         """The process, and what it has."""

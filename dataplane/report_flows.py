@@ -35,7 +35,7 @@ from dataplane.tables.service import ServiceTable
 
 CHUNK = 8192  # rows that are filtered in one step: 8 columns of a cache line each
 PAGE = 64  # rows that are made into text in one step, at 10 us each
-CLOSED = 256  # rows that are filtered, and their flows closed, in one step
+SWEPT = 1 << 14  # rows that the hand looks at in one step; flows end at 100 ns each
 
 Names: TypeAlias = Mapping[int, tuple[str, str, str, str]]
 """What stands in a row of the service table: the service's id, the port's name, the address's kind, the origin."""
@@ -82,14 +82,20 @@ class FlowReport:
         selection = self._selection(query, SRC_NAT | DST_NAT)
         return FlowListing(self._flows, selection, query.limit, self._translations)
 
-    def deletion(self, query: Query, close: Callable[[int], None]) -> Iterator[int]:
-        """Close the flows that pass a query, some at each step; yield how many those were."""
+    def deletion(self, query: Query, sweep: Callable[[int, int], int]) -> Iterator[int]:
+        """End the flows that pass a query, some at each step; yield how many those were.
+
+        Their time is made to be over, and then the table's hand goes once around: ``sweep(now, rows)`` lets it go on by
+        so many rows and end what it finds (``stages.conntrack.expire``).
+        """
         selection = self._selection(query)
-        for start in range(0, int(self._flows.state[END]), CLOSED):
-            rows = selection.rows(self._flows.flows, start, CLOSED).tolist()
-            for row in rows:
-                close(row)
+        for start in range(0, int(self._flows.state[END]), CHUNK):
+            rows = selection.rows(self._flows.flows, start, CHUNK)
+            self._flows.flows["expires_ns"][rows] = selection.now
             yield len(rows)
+        for _ in range(0, int(self._flows.state[END]), SWEPT):
+            sweep(self._clock(), SWEPT)
+            yield 0
 
     def _selection(self, query: Query, status: int = 0) -> "_Selection":
         named: set[int] | None = None
@@ -154,14 +160,14 @@ class _Selection:
     def __init__(self, query: Query, status: int, now: int, services: set[int] | None) -> None:
         self._query = query
         self._status = status
-        self._now = now
+        self.now = now
         self._services = None if services is None else np.array(sorted(services), np.int32)
 
     def rows(self, flows: Array, start: int, size: int) -> Array:
         """Return the rows in [start, start + size) that pass, in order."""
         query, chunk = self._query, flows[start : start + size]
         expires = chunk["expires_ns"]
-        rows = np.flatnonzero((expires > self._now) & (expires != FREE))
+        rows = np.flatnonzero((expires > self.now) & (expires != FREE))
         if not len(rows):
             return rows
         keep = np.ones(len(chunk), np.bool_)

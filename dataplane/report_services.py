@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from dataplane.balance import Balancer
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Balancing, EndpointRow, ServiceRow, TemplateRow
 from dataplane.control.state import DesiredState, Service
 from dataplane.jit import Array
-from dataplane.report_flows import Names
 from dataplane.tables.address import V4_BITS, Address, to_address
 from dataplane.tables.backend import AVAILABLE, OVERLOAD
 from dataplane.tables.persistence import TemplateTable
@@ -57,7 +57,7 @@ class ServiceReport:
         services: The service table.
         policies: What kube-proxy's rules add to its rows.
         templates: The persistence templates.
-        names: What is in the service table's rows.
+        balancer: Knows what is in the service table's rows.
         state: Returns the desired state, None before there is one.
         clock: Nanoseconds, the engine's.
     """
@@ -67,14 +67,15 @@ class ServiceReport:
         services: ServiceTable,
         policies: PolicyTable,
         templates: TemplateTable,
-        names: Names,
+        balancer: Balancer,
         state: Callable[[], DesiredState | None],
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:  # fmt: skip
         self._table = services
         self._policies = policies
         self._templates = templates
-        self._names = names
+        self._balancer = balancer
+        self._names = balancer.names
         self._state = state
         self._clock = clock
 
@@ -100,7 +101,7 @@ class ServiceReport:
             "templates_limit": templates.capacity,
             "templates_refused": templates.refused,
             "no_local_endpoints": self._no_local(),
-            "last_sync": 0.0,
+            "last_sync": self._balancer.last_sync,
         }
 
     def _no_local(self) -> dict[str, int]:

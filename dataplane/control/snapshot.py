@@ -66,7 +66,7 @@ class Route(TypedDict):
     """One prefix. ``kind`` is ``RouteSpec.kind``, ``origin`` its source's label, ``vtep`` the peer's name."""
 
     prefix: str
-    kind: Literal["pod", "local", "via", "tunnel", "blackhole", "unreachable"]
+    kind: Literal["pod", "local", "via", "tunnel", "blackhole", "unreachable", "service"]
     dev: str
     via: str
     mtu: int

@@ -205,7 +205,7 @@ def _ip_route(route: Route) -> str:
     match route["kind"]:
         case "pod":
             return f"{prefix} dev {route['dev']} scope link"
-        case "local":
+        case "local" | "service":
             return f"local {prefix} dev {route['dev'] or 'lo'} table local proto kernel scope host src {prefix}"
         case "tunnel":
             return f"{prefix} via {route['via']} dev {route['dev']} onlink mtu {route['mtu']}"
