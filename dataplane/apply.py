@@ -25,9 +25,9 @@ from dataplane.devices.namespace import NamespaceHandle
 from dataplane.devices.tap import Tap
 from dataplane.engine import Engine
 from dataplane.tables.interface import INTERFACES, OFFLOAD, UP, Driver, Role
-from dataplane.tables.route import ANNOUNCED, Kind, Route
+from dataplane.tables.route import ANNOUNCED, HOSTED, Kind, Route
 
-NODE, UPLINK, UNDERLAY, FIRST_POD = 0, 1, 2, 3  # interface rows
+NODE, UPLINK, UNDERLAY, HOST, FIRST_POD = 0, 1, 2, 3, 4  # interface rows
 POD_INTERFACE = "eth0"
 
 _KINDS = {
@@ -257,7 +257,8 @@ class Wiring:
         oif = self.interfaces[spec.target] if kind in (Kind.POD, Kind.VIA) else 0
         vtep = self.vteps.get(spec.target, -1) if kind == Kind.TUNNEL else -1
         gateway = spec.gateway if kind == Kind.VIA else None
-        return Route(kind, oif, gateway, vtep, origin=spec.source, flags=ANNOUNCED if spec.announced else 0)
+        flags = ANNOUNCED * spec.announced | HOSTED * spec.hosted
+        return Route(kind, oif, gateway, vtep, origin=spec.source, flags=flags)
 
     def _add_vtep(self, peer: Peer) -> None:
         assert self.state is not None

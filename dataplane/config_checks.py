@@ -224,7 +224,7 @@ def _peers(file: File) -> Iterator[Problem]:
 
 def _routes(file: File) -> Iterator[Problem]:
     for route, at in _route_sections(file):
-        if route.type == "unicast" and route.via is None:
+        if route.type == "unicast" and route.via is None and file.uplink.shared:
             yield Problem((*at, "via"), "missing; expected the address of the next hop", ("routes",))
         if route.type != "unicast" and route.via is not None:
             yield Problem((*at, "via"), f'a route of type "{route.type}" has no next hop (got {route.via})')

@@ -191,7 +191,7 @@ def test_an_address_of_the_own_block_never_loses_its_blackhole(old: DesiredState
 def test_a_pod_gets_a_route_and_the_rest_of_the_block_a_blackhole():
     assert routes(state(pods=(pod("web-0"),))) == {
         IPv4Network("169.254.1.1/32"): RouteSpec("local", Source.LOCAL_HOST),
-        IPv4Network("192.0.2.11/32"): RouteSpec("local", Source.LOCAL_HOST),
+        IPv4Network("192.0.2.11/32"): RouteSpec("local", Source.LOCAL_HOST, hosted=True),
         IPv4Network("10.244.1.0/32"): RouteSpec("local", Source.LOCAL_HOST),
         IPv4Network("10.244.1.10/32"): RouteSpec("pod", Source.LOCAL_WORKLOAD, pod("web-0").interface),
         BLOCK: RouteSpec("blackhole", Source.BLACKHOLE),
@@ -313,3 +313,17 @@ def test_always_and_cross_subnet_change_while_packets_flow():
     new = replace(old, vxlan=Vxlan("CrossSubnet"))
     spec = RouteSpec("via", Source.VXLAN_SAME_SUBNET, "eth0", IPv4Address("192.0.2.12"))
     assert plan(old, new) == (SetRoute(IPv4Network("10.244.2.0/24"), spec),)
+
+
+def hosted(wanted: DesiredState) -> set[str]:
+    return {str(prefix.network_address) for prefix, spec in routes(wanted).items() if spec.hosted}
+
+
+def test_with_a_link_of_its_own_the_host_has_the_first_address_of_the_block_unless_a_pod_has_it():
+    plain = state(uplink=None)
+    linked = replace(plain, node=replace(plain.node, host_interface="dp0"))
+    assert (hosted(plain), hosted(linked)) == ({"192.0.2.11"}, {"192.0.2.11", "10.244.1.0"})
+    first = replace(pod("web-0"), addresses=(IPv4Address("10.244.1.0"),))
+    assert hosted(replace(linked, pods=(first,))) == {"192.0.2.11"}
+    assert linked.host_address == IPv4Address("10.244.1.0")
+    assert replace(linked, pod_network=replace(linked.pod_network, cidrs=())).host_address is None

@@ -43,6 +43,7 @@ class RouteSpec:
         target: The interface's name (pod, via) or the peer's name (tunnel); else empty.
         gateway: The next hop; None when the destination itself is on the link.
         announced: This node answers for the address on the uplink.
+        hosted: The host's own stack has the address, and gets what is sent to it if there is a way to it.
     """
 
     kind: RouteKind
@@ -50,6 +51,7 @@ class RouteSpec:
     target: str = ""
     gateway: Address | None = None
     announced: bool = False
+    hosted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

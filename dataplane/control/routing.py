@@ -25,11 +25,13 @@ def routes(state: DesiredState) -> dict[Network, RouteSpec]:
 
 def _wishes(state: DesiredState) -> Iterator[tuple[Network, RouteSpec]]:
     answered = announced(state)
-    own = [*state.node.addresses, state.pod_network.gateway]
-    if state.tunnel_address is not None:
-        own.append(state.tunnel_address)
+    hosted = {*state.node.addresses, state.host_address} - {None}
+    own = {*hosted, state.pod_network.gateway, state.tunnel_address} - {None}
     for address in own:
-        yield ip_network(address), RouteSpec("local", Source.LOCAL_HOST, announced=address in answered)
+        yield (
+            _host_route(address),
+            RouteSpec("local", Source.LOCAL_HOST, announced=address in answered, hosted=address in hosted),
+        )
     for service in state.services:
         for address in virtual_addresses(service):
             yield _host_route(address), _ANNOUNCED if address in answered else _SERVICE

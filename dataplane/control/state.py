@@ -322,6 +322,17 @@ class DesiredState:
         """The address of this node's own VTEP; None without a tunnel or without pods."""
         return self.pod_network.cidrs[0].network_address if self.tunnels and self.pod_network.cidrs else None
 
+    @property
+    def host_address(self) -> Address | None:
+        """What the host's link has as its own, as Calico's tunnel has it: the first address of the node's block.
+
+        None without such a link or a block, or when a pod has that address.
+        """
+        if not self.node.host_interface or not self.pod_network.cidrs:
+            return None
+        first = self.pod_network.cidrs[0].network_address
+        return first if all(first not in pod.addresses for pod in self.pods) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
