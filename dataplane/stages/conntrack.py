@@ -202,7 +202,7 @@ def _kind(tables: Any, hi: Any, lo: Any) -> int:
     found = fib.lookup(routes, hi, lo)
     if found < 0:
         return 0  # Kind.NONE
-    return np.int64(routes[-1][found]["kind"])
+    return int(np.int64(routes[-1][found]["kind"]))
 
 
 @kernel

@@ -101,7 +101,7 @@ def apply(packet: Any, tables: Any, how: int, kind: int) -> int:
     if how == LEFT:
         # A reply that two flows would share (a client that reaches a pod directly and through a service, from one
         # port) gets another port, as from the kernel's null binding.
-        if flow.find(flows, reply) < 0 or ports.allocate(flows, 0, 0, np.int64(settings[TUNNEL_PORT]), False):
+        if flow.find(flows, reply) < 0 or ports.allocate(flows, 0, 0, int(np.int64(settings[TUNNEL_PORT])), False):
             return Reason.ACCEPTED
         return Reason.CT_CLASH
     source = address(tables, kind)
@@ -109,7 +109,7 @@ def apply(packet: Any, tables: Any, how: int, kind: int) -> int:
         return Reason.NAT_MASQ_NO_ADDR
     reply["dst_hi"] = np.uint64(0)
     reply["dst_lo"] = source
-    low, high = np.int64(settings[MASQUERADE_LOW]), np.int64(settings[MASQUERADE_HIGH])
-    if ports.allocate(flows, low, high, np.int64(settings[TUNNEL_PORT]), how == RANDOM):
+    low, high = int(np.int64(settings[MASQUERADE_LOW])), int(np.int64(settings[MASQUERADE_HIGH]))
+    if ports.allocate(flows, low, high, int(np.int64(settings[TUNNEL_PORT])), how == RANDOM):
         return Reason.ACCEPTED
     return Reason.NAT_NO_PORT

@@ -129,7 +129,7 @@ def follow(packet: Any, tables: Any, e: int, now: int) -> None:
         backend.connect(arrays[3], chosen)
         status |= COUNTED
         flow["lb_state"] = LbState.ESTABLISHED
-    state = LbState.UDP
+    state: int = LbState.UDP
     if int(packet["protocol"]) == _TCP:
         state = tcp.lb_follow(packet, flow, e & 1)
     if tcp.is_lb_active(state) != (status & ACTIVE != 0):
