@@ -108,8 +108,9 @@ class Balancer:
 
     def _add_server(self, server: VirtualServer) -> None:
         row = self._set(server)
-        for each in server.destinations:
-            self._table.add(row, each.address, each.port, table.Destination(each.weight))
+        self._table.fill(
+            row, ((each.address, each.port, table.Destination(each.weight)) for each in server.destinations)
+        )
         count = len(server.destinations)
         log.info("service added name=%s vip=%s backends=%d", server.service, server.key, count)
 

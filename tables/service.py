@@ -4,7 +4,7 @@ Each record holds what its scheduler has to remember; the backends of all servic
 tables of those that hash. The order of a service's list decides nearly every pick: a new destination becomes the first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -252,6 +252,21 @@ class ServiceTable:
             KeyError: There is no service in the row.
             TableFullError: No row is left; nothing was changed.
         """
+        at = self._put(row, address, port, destination)
+        self._follow(row)
+        return at
+
+    def fill(self, row: int, destinations: Iterable[tuple[Address, int, Destination]]) -> None:
+        """Add backends one after the other, and let a scheduler that hashes see its list once only."""
+        is_hashed = int(self.services[row]["buckets"]) >= 0
+        for address, port, destination in destinations:
+            self._put(row, address, port, destination)
+            if not is_hashed:  # what wrr remembers depends on every step
+                self._follow(row)
+        if is_hashed:
+            self._follow(row)
+
+    def _put(self, row: int, address: Address, port: int, destination: Destination) -> int:
         members = self._members[row]
         at = members.get((address, port))
         new = at is None
@@ -269,7 +284,6 @@ class ServiceTable:
         if new:
             self._link(row, at)
             members[address, port] = at
-        self._follow(row)
         return at
 
     def remove(self, row: int, address: Address, port: int) -> None:

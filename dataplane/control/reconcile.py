@@ -1,8 +1,7 @@
 """From one desired state to another: the list of edits that leads there.
 
-``plan`` compares two states and is pure. The node applies a plan
-between two bursts, so a packet sees the old state or the new one; the order keeps every step whole as well, in case an
-edit fails half way:
+``plan`` compares two states and is pure. The node applies a plan between two bursts, so a packet sees the old state or
+the new one; the order keeps every step whole as well, in case an edit fails half way:
 
 1. settings; 2. virtual servers and destinations that go; 3. routes that vanish or whose target goes, longest prefix
 first; 4. pods and VTEPs that go; 5. those that change in place; 6. new ones; 7. routes, shortest prefix first, so that
@@ -12,7 +11,8 @@ and new virtual servers.
 At no step does a route point to something that is not there, do two pods share a namespace, or two VTEPs an address,
 has a virtual server's address no route, or is a destination a pod that is not there yet or no more.
 
-A plan looks only at the services that differ: 20 ms for one among 10,000.
+A plan looks only at the services that differ: 1 ms when a state shares 10,000 others with the one before, 60 ms when
+they are equal, as after a reload.
 """
 
 from collections.abc import Iterator
