@@ -1,12 +1,16 @@
 """A node that carries no packets but answers the control API: a fake backend behind a real unix socket."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from dataplane.config import DEFAULT
 from dataplane.control import api, metrics
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Kind, ListKind, Reload
@@ -454,3 +458,21 @@ def serving(node: FakeNode, path: Path, listen: tuple[str, int] | None = None) -
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def dataplane(
+    *arguments: object, prefix: tuple[str, ...] = (), stdin: IO[str] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [*prefix, sys.executable, "-m", "dataplane", *map(str, arguments)]
+    clean = {name: value for name, value in os.environ.items() if name != "DATAPLANE_SOCKET"}
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean | environment,
+        check=False,
+        cwd=DEFAULT.parent,
+        stdin=stdin,
+    )

@@ -8,16 +8,18 @@ import socket
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dataplane.control import client, metrics, views
-from dataplane.control.api import ListenError
-from dataplane.control.snapshot import KINDS
+from dataplane.control.api import ListenError, MissingError
+from dataplane.control.query import Query
+from dataplane.control.snapshot import KINDS, LIST_KINDS
 from dataplane.verdict import Reason
-from tests.fake_node import FakeNode, route, serving, snapshots
+from tests.fake_node import FakeListing, FakeNode, listings, route, serving, snapshots
 
 
 @pytest.fixture
@@ -122,12 +124,13 @@ def test_a_refused_reload_lists_every_error(path):
     assert refused.value.errors == ("node.toml:3: a: bad", "node.toml:4: b: bad")
 
 
-def test_two_reloads_do_not_overlap(path):
+def test_edits_and_reloads_do_not_overlap(path):
     node = FakeNode()
     with serving(node, path), ThreadPoolExecutor(4) as pool:
-        for result in [pool.submit(client.reload, path) for _ in range(8)]:
+        edits = [partial(client.reload, path), partial(client.delete_service, path, "default", "web")]
+        for result in [pool.submit(edit) for _ in range(4) for edit in edits]:
             result.result()
-    assert node.most_at_once == 1
+    assert (node.most_at_once, len(node.edits)) == (1, 8)
 
 
 def test_metrics_are_served_on_the_socket_and_on_tcp(path):
@@ -150,6 +153,119 @@ def test_a_metrics_port_that_is_taken_is_named_and_the_socket_is_closed_again(pa
         with pytest.raises(ListenError, match=expected), serving(FakeNode(), path, address):
             pass
     assert not path.exists()
+
+
+# --- listings and edits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LIST_KINDS)
+def test_every_listing_is_answered_whole(kind, path):
+    with serving(FakeNode(), path):
+        rows = listings()[kind]
+        assert client.listing(path, kind, Query()) == {kind: rows, "matched": len(rows)}
+
+
+def test_a_listing_is_filtered_and_limited_by_the_node(path):
+    node = FakeNode()
+    with serving(node, path):
+        answer = client.listing(path, "conntrack", Query(dport=53, service="default/web", limit=1))
+    assert node.queries == [Query(dport=53, service="default/web", limit=1)]
+    assert (len(answer["conntrack"]), answer["matched"]) == (1, 4)
+
+
+def test_an_empty_listing_is_json_too(path):
+    node = FakeNode()
+    node.rows["nat"] = []
+    with serving(node, path):
+        assert client.listing(path, "nat", Query()) == {"nat": [], "matched": 0}
+
+
+def test_a_listing_has_one_row_per_line(path):
+    with serving(FakeNode(), path):
+        lines = request(path, "GET", "/v1/conntrack")[2].splitlines()
+    assert (lines[0], lines[-1]) == ('{"conntrack": [', '], "matched": 4}')
+    assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == listings()["conntrack"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("/v1/conntrack?dport=http", "dport: expected a port from 0 to 65535 (got 'http')"),
+        ("/v1/conntrack?port=1", "port: no filter of conntrack; expected one of dport, dst, limit"),
+        ("/v1/services?state=CLOSE", "state: no filter of services; expected one of dport, dst, limit"),
+    ],
+)
+def test_a_filter_that_makes_no_sense_is_refused(target, message, path):
+    with serving(FakeNode(), path):
+        status, _, body = request(path, "GET", target)
+    assert (status, json.loads(body)["error"]) == (422, "refused")
+    assert message in json.loads(body)["message"]
+
+
+def test_a_listing_that_fails_in_the_middle_ends_the_connection(path, caplog):
+    class Failing(FakeListing):
+        def __iter__(self):
+            yield listings()["nat"]
+            raise KeyError("oops")
+
+    node = FakeNode()
+    node.listing = lambda kind, query: Failing([], 0)  # type: ignore[method-assign]
+    with serving(node, path):
+        with pytest.raises(client.ControlError, match=r"node1\.sock"):
+            client.listing(path, "nat", Query())
+        assert client.get(path, "status")["name"] == "node1"
+    assert "listing failed path=/v1/nat" in caplog.text
+
+
+def test_flows_are_deleted_by_filter(path):
+    node = FakeNode()
+    with serving(node, path):
+        assert client.delete_flows(path, Query(protocol=17)) == 4
+        assert client.delete_flows(path, Query(), everything=True) == 4
+        with pytest.raises(client.RefusedError, match="all=yes deletes every flow"):
+            client.delete_flows(path, Query())
+    assert node.queries == [Query(protocol=17), Query()]
+
+
+def test_the_path_names_what_is_edited_whatever_the_body_says(path):
+    node = FakeNode()
+    with serving(node, path):
+        client.set_service(path, "shop", "web", {"name": "other", "ports": []})
+        client.add_endpoint(path, "shop", "web", "10.244.1.9", {"ip": "10.244.1.8", "weight": 2})
+    assert node.edits == [
+        ("set_service", {"name": "web", "namespace": "shop", "ports": []}),
+        ("add_endpoint", "shop", "web", {"ip": "10.244.1.9", "weight": 2}),
+    ]
+
+
+def test_names_of_any_letters_arrive_as_they_were_sent(path):
+    node = FakeNode()
+    with serving(node, path):
+        client.delete_service(path, "a b", "c?d%2F")
+        client.drain_endpoint(path, "x", "y", "2001:db8::1")
+    assert node.edits == [
+        ("delete_service", "a b", "c?d%2F"),
+        ("drain_endpoint", "x", "y", {"ip": "2001:db8::1"}),
+    ]
+
+
+@pytest.mark.parametrize("body", ["[]", "{", "1"])
+def test_a_body_that_is_no_object_is_refused(body, path):
+    node = FakeNode()
+    with serving(node, path):
+        connection = client._Connection(path)
+        connection.request("PUT", "/v1/services/default/web", body.encode())
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["error"]) == (422, "refused")
+        connection.close()
+    assert node.edits == []
+
+
+def test_what_does_not_exist_is_not_found(path):
+    node = FakeNode()
+    node.missing = MissingError("no such service: default/web")
+    with serving(node, path), pytest.raises(client.NotFoundError, match="no such service: default/web"):
+        client.delete_service(path, "default", "web")
 
 
 # --- the client ------------------------------------------------------------------------------------------------------

@@ -15,19 +15,11 @@ import pytest
 from dataplane import __version__
 from dataplane.cli import missing_capabilities
 from dataplane.config import DEFAULT, load, parse
-from tests.fake_node import FakeNode, serving, snapshots
+from tests.fake_node import FakeNode, dataplane, serving, snapshots
 from tests.node_file import NODE
 
 POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")  # root by name only: no capability, no override
 KINDS = ("interfaces", "routes", "arp", "vteps", "drops", "counters", "pipeline")
-
-
-def dataplane(*arguments: object, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*prefix, sys.executable, "-m", "dataplane", *map(str, arguments)]
-    clean = {name: value for name, value in os.environ.items() if name != "DATAPLANE_SOCKET"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=clean | environment, check=False, cwd=DEFAULT.parent
-    )
 
 
 @pytest.fixture
@@ -48,7 +40,13 @@ def test_the_version_is_the_packages():
     assert dataplane("--version").stdout == f"dataplane {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [(), ("run",), ("check",), ("show",), ("status",), ("reload",), ("show", "drops")])
+COMMANDS = (
+    *((), ("run",), ("check",), ("show",), ("status",), ("reload",), ("show", "drops"), ("show", "conntrack")),
+    *(("service",), ("service", "set"), ("endpoint", "add"), ("conntrack", "delete")),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     result = dataplane(*command, "--help")
     assert result.returncode == 0
@@ -71,7 +69,16 @@ def test_an_unknown_command_is_a_usage_error():
 HEAVY = ("numba", "numpy", "aiohttp", "rich", "prometheus_client", "uvloop", "pyroute2")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check", str(DEFAULT)], ["show", "routes", "--socket", "/nowhere"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["check", str(DEFAULT)],
+        ["show", "routes", "--socket", "/nowhere"],
+        ["show", "conntrack", "-o", "conntrack", "--socket", "/nowhere"],
+        ["service", "set", "web", "--port", "80", "--socket", "/nowhere"],
+    ],
+)
 def test_what_must_start_fast_imports_nothing_heavy(arguments):
     program = f"""
 import sys
