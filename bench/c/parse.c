@@ -25,6 +25,14 @@ struct tables {
     i64 vtep_mask;
     const u64 *vtep_key;
     struct vtep *vteps;
+    const i64 *flow_slots;
+    i64 flow_mask;
+    const u64 *flow_key;
+    struct half *halves;
+    struct flow *flows; /* the same memory: the fields of one lie where the other has none */
+    struct service *services;
+    struct backend *backends;
+    const i64 *timeouts;
 };
 
 static RARE i64 elsewhere(const u8 *data, struct packet *p)
@@ -304,18 +312,19 @@ static inline i64 from_pod(const u8 *data, const struct packet *p, const struct 
     return ACCEPTED;
 }
 
+static inline i64 from_host(const struct packet *p, const struct tables *t)
+{
+    i64 back = fib(t, p->src_hi, p->src_lo);
+    return back < 0 || t->routes[back].kind != KIND_LOCAL ? IP_SPOOFED_SRC : ACCEPTED;
+}
+
 static inline i64 from_outside(const struct packet *p, const struct tables *t)
 {
     i64 back = fib(t, p->src_hi, p->src_lo);
     if (back >= 0) {
         int kind = t->routes[back].kind;
-        if (kind == KIND_POD || kind == KIND_LOCAL || kind == KIND_BLACKHOLE)
+        if (kind == KIND_POD || kind == KIND_LOCAL || kind == KIND_BLACKHOLE || kind == KIND_SERVICE)
             return IP_MARTIAN;
-    }
-    if (!(p->flags & TUNNELED)) {
-        i64 target = fib(t, p->dst_hi, p->dst_lo);
-        if (target >= 0 && t->routes[target].kind == KIND_LOCAL)
-            return HOST_OWNED;
     }
     return ACCEPTED;
 }
@@ -329,10 +338,15 @@ STAGE void guard(u8 *data, struct packet *packets, i64 count, const struct table
         i64 why = impossible(p);
         if (why == ACCEPTED && data[p->start] & 1)
             why = to_many(p, t);
-        if (why == ACCEPTED)
-            why = t->interfaces[p->iif].role == ROLE_POD ? from_pod(data, p, t) : from_outside(p, t);
+        if (why == ACCEPTED) {
+            int role = t->interfaces[p->iif].role;
+            if (role == ROLE_POD)
+                why = from_pod(data, p, t);
+            else
+                why = role == ROLE_HOST ? from_host(p, t) : from_outside(p, t);
+        }
         if (why != ACCEPTED) {
-            p->verdict = why == HOST_OWNED ? STOLEN : DROP;
+            p->verdict = DROP;
             p->reason = why;
         }
     }

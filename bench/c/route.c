@@ -1,4 +1,4 @@
-/* The twin of dataplane/stages, continued from parse.c: route, encapsulate, tally, and what drives all stages. */
+/* The twin of dataplane/stages, continued from track.c: route, encapsulate, tally, and what drives all stages. */
 
 /* --- route --- */
 
@@ -47,6 +47,18 @@ static inline i64 resolve(u8 *data, struct packet *p, const struct tables *t, i6
     return ACCEPTED;
 }
 
+static inline i64 to_host(u8 *data, struct packet *p, const struct tables *t, int flags)
+{
+    i64 host = t->settings[HOST_INTERFACE];
+    if (host == 0 || !(flags & HOSTED))
+        return LOCAL_DELIVERY;
+    const struct interface *interface = &t->interfaces[host];
+    p->oif = host;
+    p->mtu = interface->mtu;
+    ethernet_emit(data + p->l3 - 14, interface->peer_mac, interface->mac, p->ethertype);
+    return ACCEPTED;
+}
+
 static inline i64 forward(u8 *data, struct packet *p, const struct tables *t, i64 now)
 {
     if (p->route < 0)
@@ -57,8 +69,10 @@ static inline i64 forward(u8 *data, struct packet *p, const struct tables *t, i6
         return ROUTE_BLACKHOLE;
     if (kind == KIND_UNREACHABLE)
         return ROUTE_UNREACHABLE;
-    if (kind == KIND_LOCAL)
+    if (kind == KIND_SERVICE)
         return LOCAL_DELIVERY;
+    if (kind == KIND_LOCAL)
+        return to_host(data, p, t, hop->flags);
     int injected = p->flags & INJECTED;
     if (!injected && p->ttl <= 1)
         return IP_TTL;
@@ -210,26 +224,21 @@ STAGE i64 tally(u8 *data, struct packet *packets, i64 count, const struct tables
 
 /* --- drivers --- */
 
-void run(i64 stage, u8 *data, struct packet *packets, i64 count, const struct tables *t, i64 now)
+void run(i64 first, i64 last, u8 *data, struct packet *packets, i64 count, const struct tables *t, i64 now)
 {
-    switch (stage) {
-    case 0: return parse(data, packets, count, t, now);
-    case 1: return decapsulate(data, packets, count, t, now);
-    case 2: return arp(data, packets, count, t, now);
-    case 3: return guard(data, packets, count, t, now);
-    case 4: return defrag(data, packets, count, t, now);
-    case 5: return route_stage(data, packets, count, t, now);
-    case 6: return encapsulate(data, packets, count, t, now);
-    case 7: tally(data, packets, count, t, now); return;
-    }
-    parse(data, packets, count, t, now);
-    decapsulate(data, packets, count, t, now);
-    arp(data, packets, count, t, now);
-    guard(data, packets, count, t, now);
-    defrag(data, packets, count, t, now);
-    route_stage(data, packets, count, t, now);
-    encapsulate(data, packets, count, t, now);
-    tally(data, packets, count, t, now);
+    for (i64 stage = first; stage < last; stage++)
+        switch (stage) {
+        case 0: parse(data, packets, count, t, now); break;
+        case 1: decapsulate(data, packets, count, t, now); break;
+        case 2: arp(data, packets, count, t, now); break;
+        case 3: guard(data, packets, count, t, now); break;
+        case 4: defrag(data, packets, count, t, now); break;
+        case 5: conntrack(data, packets, count, t, now); break;
+        case 6: route_stage(data, packets, count, t, now); break;
+        case 7: nat(data, packets, count, t, now); break;
+        case 8: encapsulate(data, packets, count, t, now); break;
+        default: tally(data, packets, count, t, now);
+        }
 }
 
 static i64 clock_ns(void)
@@ -239,18 +248,34 @@ static i64 clock_ns(void)
     return now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Return the nanoseconds in the stage alone: the packets are made anew before each round. */
-i64 drive_stage(i64 stage, u8 *data, struct packet *packets, const u8 *frames, const struct packet *records,
-                const struct tables *t, i64 now, i64 batch, i64 rounds)
+/* What a bench does to a stored segment so that it is a new one each time: 10 bytes further. */
+static void advance(u8 *at, u64 bytes)
+{
+    store32(at, load32(at) + bytes);
+    store32(at + 4, load32(at + 4) + bytes);
+}
+
+/* Return the nanoseconds in the stages alone over `passes` passes of ROWS packets; those are made anew before each one.
+ * `cursor` is the next of the stored passes and how often all have been used; both implementations move it on. */
+i64 drive_stages(i64 from, i64 to, u8 *data, struct packet *packets, const u8 *frames, const struct packet *records,
+                 const i32 *segments, i64 *cursor, const struct tables *t, i64 now, i64 batch, i64 passes, i64 stored)
 {
     i64 spent = 0;
-    for (i64 round = 0; round < rounds; round++) {
-        memcpy(packets, records, ROWS * sizeof *packets);
-        for (i64 i = 0; i < ROWS; i++)
-            memcpy(data + i * SMALL_STRIDE + FIRST, frames + i * KEPT, KEPT);
+    for (i64 pass = 0; pass < passes; pass++) {
+        i64 first = cursor[0] * ROWS;
+        memcpy(packets, records + first, ROWS * sizeof *packets);
+        for (i64 i = 0; i < ROWS; i++) {
+            memcpy(data + i * SMALL_STRIDE + FIRST, frames + (first + i) * KEPT, KEPT);
+            if (segments[first + i])
+                advance(data + i * SMALL_STRIDE + segments[first + i], SEGMENT * cursor[1]);
+        }
+        if (++cursor[0] == stored) {
+            cursor[0] = 0;
+            cursor[1]++;
+        }
         i64 begin = clock_ns();
         for (i64 i = 0; i < ROWS; i += batch)
-            run(stage, data, packets + i, batch, t, now);
+            run(from, to, data, packets + i, batch, t, now);
         spent += clock_ns() - begin;
     }
     return spent;
