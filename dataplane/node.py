@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from dataplane import config, settle
-from dataplane.apply import UNDERLAY, Wiring
+from dataplane.apply import HOST, UNDERLAY, Wiring
 from dataplane.batch import TUNNEL_INTERFACE
-from dataplane.control import reconcile
+from dataplane.control import claims, reconcile
 from dataplane.control.api import Listing
 from dataplane.control.edits import NeedsRestart, describe
 from dataplane.control.health import HealthServer
@@ -25,7 +25,9 @@ from dataplane.control.state import DesiredState, Settings
 from dataplane.devices.device import DeviceError
 from dataplane.devices.journal import Journal
 from dataplane.devices.namespace import NamespaceError
+from dataplane.devices.netlink import NetlinkError
 from dataplane.engine import Engine
+from dataplane.host import Host
 from dataplane.pipeline import Tables
 from dataplane.report import Report
 from dataplane.slowpath import SlowPath
@@ -53,6 +55,7 @@ class Node:
         self.stopping = asyncio.Event()
         self._journal = log_book
         self.underlay: Underlay | None = None
+        self.host = Host(self.engine, settings.state)
         self._overlay = Overlay()
         self._health = HealthServer()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -64,13 +67,17 @@ class Node:
         """Bring the node to its desired state; packets flow when this returns."""
         state = self.settings.state
         self._configure(state)
+        ours = claims.of(state)
+        await self.host.open(state, ours)  # first: on an uplink of our own the tunnel's address is there
+        self.wiring.interfaces.update(self.host.names)
         if state.uplink is not None:
-            self.underlay = Underlay(self.engine, state)
+            self.underlay = Underlay(self.engine, state, ours)
             state = replace(state, on_link=self.underlay.on_link)
             self.wiring.interfaces.update(self.underlay.names)
         await self.wiring.apply(reconcile.plan(None, state), state)
         if self.underlay is not None:
             self.underlay.attach()
+        self.host.attach()
         self.engine.on_failure = self._device_failed
         self.engine.start()
         await self._health.update(state)
@@ -86,7 +93,9 @@ class Node:
     # --- what may happen to a device ---------------------------------------------------------------------------------
 
     def _device_failed(self, index: int) -> None:
-        """A pod's TAP that reports an error has been deleted: make it anew."""
+        """A TAP that reports an error has been deleted: make it anew."""
+        if index == HOST:
+            self._spawn(self._restore_host())
         for name, row in self.wiring.interfaces.items():
             if row == index and name in self.wiring.links:
                 self._spawn(self._restore(name))
@@ -102,6 +111,17 @@ class Node:
                 log.warning("pod cannot be restored name=%s: %s", pod.id, error)
             else:
                 log.info("pod restored name=%s", pod.id)
+
+    async def _restore_host(self) -> None:
+        async with self._changing:
+            state = self.wiring.state
+            assert state is not None
+            try:
+                await self.host.restore(state, claims.of(state))
+            except (NetlinkError, DeviceError) as error:
+                log.warning("the host's link cannot be restored: %s", error)
+            else:
+                log.info("the host's link was restored name=%s", state.node.host_interface)
 
     # --- the control API's backend -----------------------------------------------------------------------------------
 
@@ -155,8 +175,10 @@ class Node:
         except (NamespaceError, DeviceError, TableFullError) as error:
             return _refused(str(error))
         self.settings, self._overlay = replace(self.settings, state=given), overlay
+        ours = await asyncio.to_thread(claims.of, state)
         if self.underlay is not None:
-            self.underlay.follow(state)
+            self.underlay.follow(state, ours)
+        await self.host.follow(state, ours)
         await self._health.update(state)
         return {"applied": [describe(edit) for edit in edits], "errors": []}
 
@@ -217,6 +239,7 @@ class Node:
         self.engine.stop()
         if self.underlay is not None:
             self.underlay.close()
+        await asyncio.to_thread(self.host.close)
         self._journal.close()
 
 

@@ -47,7 +47,7 @@ def change(settings: Array, timeouts: Array, policies: PolicyTable, edit: Change
     policies.set_pools(chain(cluster, ((Pool.OUTGOING, prefix) for prefix in edit.outgoing)))
     settings[batch.GATEWAY_LO] = halves(network.gateway)[1]
     settings[batch.POD_MTU], settings[batch.PROXY_ARP] = network.mtu, network.proxy_arp
-    settings[batch.MASQUERADE_LOW], settings[batch.MASQUERADE_HIGH] = network.nat_ports or (0, 0)
+    settings[batch.MASQUERADE_LOW], settings[batch.MASQUERADE_HIGH] = edit.ports
     settings[batch.NAT_OUTGOING], settings[batch.NAT_RANDOM] = network.nat_outgoing, network.nat_random_fully
     settings[batch.MASQUERADE_ALL] = balancing.masquerade_all
     settings[batch.TCP_LIBERAL] = balancing.tcp_be_liberal

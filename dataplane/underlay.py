@@ -7,14 +7,16 @@ only.
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from ipaddress import IPv4Network
 
 import numpy as np
 
 from dataplane import pipeline
+from dataplane.announce import Announcing
 from dataplane.apply import UNDERLAY, UPLINK
 from dataplane.batch import TUNNEL_PORT_HIGH, TUNNEL_PORT_LOW
-from dataplane.control import claims
+from dataplane.control.announcer import Announcer
 from dataplane.control.claims import Claims
 from dataplane.control.state import DesiredState
 from dataplane.devices import netlink
@@ -24,6 +26,7 @@ from dataplane.devices.netlink import Link, LinkEvent, Monitor
 from dataplane.devices.uplink import Uplink
 from dataplane.devices.vxlan_socket import PORT_HIGH, PORT_LOW, VxlanSocket
 from dataplane.engine import Engine
+from dataplane.resolve import Outgoing
 from dataplane.tables.interface import UP, Driver, Role
 
 EVERYTHING = IPv4Network("0.0.0.0/0")
@@ -42,12 +45,13 @@ class Underlay:
         DeviceError, NetlinkError: The interface does not exist, or a socket cannot be opened.
     """
 
-    def __init__(self, engine: Engine, state: DesiredState) -> None:
+    def __init__(self, engine: Engine, state: DesiredState, ours: Claims) -> None:
         assert state.uplink is not None
         self._engine = engine
         self._interfaces = engine.tables.interfaces
         self._state = state
         self._wanted = state.uplink
+        self._ours = ours
         self._lost: dict[int, int] = {}
         self._packet_socket: Uplink | None = None
         self._tunnel: VxlanSocket | None = None
@@ -55,7 +59,8 @@ class Underlay:
         link = netlink.link(self._wanted.interface)
         self._monitor = Monitor()
         self._index = link.index
-        self.on_link = tuple(each.network for each in link.addresses if isinstance(each.network, IPv4Network))
+        self.on_link = _on_link(state, link)
+        self._announcing = Announcing(Announcer(link.mac), self._send)
         try:
             self._open(link)
         except BaseException:
@@ -64,9 +69,11 @@ class Underlay:
         engine.every_tick(self._count_losses)
 
     def _open(self, link: Link) -> None:
-        own = {str(each.ip) for each in link.addresses}
-        for address in self._state.node.addresses:
-            if str(address) not in own:
+        own = {each.ip for each in link.addresses if each.version == 4}
+        if not self._wanted.shared and own:
+            log.warning("uplink.shared = false, but the host has addresses on %s: %s", link.name, _text(own))
+        for address in self._state.node.addresses if self._wanted.shared else ():
+            if address not in own:
                 log.warning("node.addresses: %s is not an address of %s", address, link.name)
         interfaces = self._interfaces
         if self._wanted.mode == "af_packet":
@@ -86,7 +93,7 @@ class Underlay:
             self._set(up=False)
 
     def _open_packet_socket(self) -> Uplink:
-        return Uplink(self._wanted.interface, _filter(claims.of(self._state)))
+        return Uplink(self._wanted.interface, _filter(self._ours))
 
     def _open_tunnel(self) -> VxlanSocket:
         vxlan = self._state.vxlan
@@ -102,15 +109,18 @@ class Underlay:
         if self._tunnel is not None:
             self._engine.attach(UNDERLAY, self._tunnel.fileno(), self._state.vxlan.interface)
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._hear)
+        self._announcing.follow(self._state)
 
-    def follow(self, state: DesiredState) -> None:
-        """Take over a new desired state: other blocks and services need another filter."""
-        self._state = state
+    def follow(self, state: DesiredState, ours: Claims) -> None:
+        """Take over a new desired state: other blocks and services need another filter, and have other owners."""
+        self._state, self._ours = state, ours
         if self._packet_socket is not None:
-            self._packet_socket.set_filter(_filter(claims.of(state)))
+            self._packet_socket.set_filter(_filter(ours))
+        self._announcing.follow(state)
 
     def close(self) -> None:
         """Stop reading and close everything; a second call does nothing."""
+        self._announcing.close()
         if self._monitor.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._monitor.fileno())
         for row in (UPLINK, UNDERLAY):
@@ -128,6 +138,7 @@ class Underlay:
 
     def _follow_link(self, link: Link, gone: bool) -> None:
         """Follow the interface: down and up, another MTU or MAC, gone and back."""
+        was = self._known_by
         self._set(up=link.up and not gone)
         if gone:
             return
@@ -135,6 +146,17 @@ class Underlay:
             self._interfaces["mac"][row], self._interfaces["mtu"][row] = link.mac, self._mtu(link)
         if link.index != self._index:
             self._reopen(link)
+        if self._known_by not in (was, 0):
+            self._announcing.repeat(link.mac)
+
+    @property
+    def _known_by(self) -> int:
+        """The MAC that the LAN can reach us by; 0 while the link is down."""
+        return int(self._interfaces["mac"][UPLINK]) if self._interfaces["flags"][UPLINK] & UP else 0
+
+    def _send(self, frames: list[bytes]) -> None:
+        self._engine.slow.answered["announced"] += len(frames)
+        self._engine.inject([Outgoing(frame, UPLINK) for frame in frames])
 
     def _set(self, up: bool) -> None:
         flags = self._interfaces["flags"]
@@ -174,6 +196,17 @@ class Underlay:
             if lost > 0:
                 pipeline.count_lost(self._engine.tables.counters, lost)
                 self._interfaces["rx_dropped"][row] += np.uint64(lost)
+
+
+def _on_link(state: DesiredState, link: Link) -> tuple[IPv4Network, ...]:
+    """Return the LAN's prefixes: those of the interface's addresses, and of routes that have no gateway."""
+    given = [route.destination for route in state.routes if route.type == "unicast" and route.via is None]
+    found = [*(each.network for each in link.addresses), *given]
+    return tuple(network for network in found if isinstance(network, IPv4Network))
+
+
+def _text(addresses: Iterable[object]) -> str:
+    return ", ".join(sorted(map(str, addresses)))
 
 
 def _filter(ours: Claims) -> tuple[Instruction, ...]:

@@ -9,6 +9,7 @@ namespace host                                       namespace lan
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -272,3 +273,21 @@ def test_what_is_for_pods_and_services_is_not_forwarded_by_the_host(spaces, host
     assert reached("10.244.1.10") == "silence"
     assert reached("10.244.2.10") == "No route to host"
     assert list(chain(sets(host)["ip", "addresses"])) == [json.dumps(str(NODE))]
+
+
+def test_on_an_uplink_of_our_own_the_host_hears_nothing_and_says_nothing(spaces, host, installed):
+    lan = lan_of(spaces, host)
+    host.ip("address", "add", "203.0.113.1/32", "dev", "lo")
+    lan.ip("route", "add", "203.0.113.1", "dev", "lan0")
+
+    def hears(address):
+        command = ["nsenter", f"--net=/run/netns/{lan.name}", "ping", "-c", "1", "-W", "0.5", address]
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+    assert hears("203.0.113.1")
+    lan.ip("neigh", "flush", "all")
+    installed(Rules(uplink="up0", shared=False))
+    assert not hears("203.0.113.1")
+    assert not hears(str(NODE))
+    counted = re.findall(r"table (\w+)[^}]*counter packets (\d+)", nft(host, "list", "ruleset"))
+    assert [(family, int(packets) > 0) for family, packets in counted] == [("inet", True), ("arp", True)]

@@ -24,6 +24,7 @@ from dataplane.batch import make_batch
 from dataplane.devices.device import DeviceError
 from dataplane.devices.firewall import Firewall, Rules
 from dataplane.devices.host import EVERYWHERE, HostLink
+from dataplane.devices.netlink import Netlink, NetlinkError
 from tests.spaces import OUR_MAC, lan_of, opened_spaces, read, send
 
 pytestmark = pytest.mark.netns
@@ -47,8 +48,8 @@ def host(spaces):
     return made
 
 
-def opened(space, addresses=(), name="dp0"):
-    return space.open(
+def opened(space, addresses=(), name="dp0", routes=(), source=NODE):
+    link = space.open(
         lambda: HostLink(
             name,
             mac=MAC,
@@ -59,6 +60,8 @@ def opened(space, addresses=(), name="dp0"):
             offload=("csum", "tso4", "tso6", "uso"),
         )
     )
+    link.configure(addresses, routes, source)
+    return link
 
 
 def ip(space, *words):
@@ -92,15 +95,15 @@ def test_the_device_is_up_quiet_and_has_its_gateway(host):
 
 def test_routes_lead_to_the_gateway_with_the_nodes_address(host):
     link = opened(host)
-    link.set_routes([PODS, SERVICES], NODE)
+    link.configure([], [PODS, SERVICES], NODE)
     assert routes(host) == {(str(prefix), str(GATEWAY), str(NODE), "onlink", "") for prefix in (PODS, SERVICES)}
-    link.set_routes([SERVICES], NODE)
+    link.configure([], [SERVICES], NODE)
     assert routes(host) == {(str(SERVICES), str(GATEWAY), str(NODE), "onlink", "")}
 
 
 def test_what_leads_to_everywhere_has_the_mtu_of_the_device_and_the_rest_the_pods(host):
     link = opened(host, [NODE])
-    link.set_routes([EVERYWHERE, PODS], NODE, mtu=1400)
+    link.configure([NODE], [EVERYWHERE, PODS], NODE, mtu=1400)
     found = {(route["dst"], str(route.get("metrics", ""))) for route in ip(host, "route") if route["dev"] == "dp0"}
     assert found == {("default", ""), (str(PODS), "[{'mtu': 1400}]")}
 
@@ -109,7 +112,7 @@ def test_a_route_of_the_hosts_counts_again_when_the_link_goes(host):
     host.ip("route", "add", str(PODS), "via", "192.0.2.9")
     before = ip(host, "route")
     link = opened(host)
-    link.set_routes([PODS], NODE)
+    link.configure([], [PODS], NODE)
     (chosen,) = ip(host, "route", "get", "10.244.7.7")
     assert chosen["dev"] == "dp0"
     link.close()
@@ -127,8 +130,8 @@ import sys
 from ipaddress import IPv4Address, IPv4Network
 from dataplane.devices.host import HostLink
 gateway, node = IPv4Address("{GATEWAY}"), IPv4Address("{NODE}")
-link = HostLink("dp0", mac={MAC}, mtu=1450, gateway=gateway, gateway_mac=1, addresses=[IPv4Address("{TUNNEL}")])
-link.set_routes([IPv4Network("{PODS}")], node)
+link = HostLink("dp0", mac={MAC}, mtu=1450, gateway=gateway, gateway_mac=1)
+link.configure([IPv4Address("{TUNNEL}")], [IPv4Network("{PODS}")], node)
 print("made", flush=True)
 sys.stdin.read()
 """
@@ -141,14 +144,31 @@ sys.stdin.read()
     assert look() == before
 
 
-def test_a_name_in_use_is_refused_and_nothing_is_left(host):
+def test_addresses_come_and_go_with_their_routes(host):
+    link = opened(host)
+    link.configure([TUNNEL], [PODS], TUNNEL)
+    assert routes(host) == {(str(PODS), str(GATEWAY), str(TUNNEL), "onlink", "")}
+    link.configure([NODE], [PODS], NODE)
+    assert routes(host) == {(str(PODS), str(GATEWAY), str(NODE), "onlink", "")}
+    (device,) = ip(host, "-4", "address", "show", "dev", "dp0")
+    assert [(each["local"], each["prefixlen"]) for each in device["addr_info"]] == [(str(NODE), 32)]
+
+
+def test_a_name_in_use_is_refused(host):
     opened(host)
     with pytest.raises(DeviceError, match="dp0"):
         opened(host)
-    with pytest.raises(DeviceError, match=r"dp1: add address") as caught:
-        opened(host, [TUNNEL, TUNNEL], "dp1")
-    assert caught.value.errno == errno.EEXIST
-    assert [link["ifname"] for link in ip(host, "link") if link["ifname"].startswith("dp")] == ["dp0"]
+
+
+def test_what_the_kernel_refuses_leaves_no_device(host, monkeypatch):
+    def refuse(*_):
+        raise NetlinkError("set neighbor", errno.ENOBUFS)
+
+    monkeypatch.setattr(Netlink, "set_neighbor", refuse)
+    with pytest.raises(DeviceError, match=r"dp0: set neighbor") as caught:
+        opened(host)
+    assert caught.value.errno == errno.ENOBUFS
+    assert not any(link["ifname"] == "dp0" for link in ip(host, "link"))
 
 
 # --- packets ---------------------------------------------------------------------------------------------------------
@@ -168,7 +188,7 @@ def turned(packet):
 
 def test_a_socket_reaches_a_service_and_hears_the_answer(host):
     link = opened(host)
-    link.set_routes([SERVICES], NODE)
+    link.configure([], [SERVICES], NODE)
     client = host.udp("0.0.0.0", 0)
     client.sendto(b"question", (VIP, 53))
     packet = next_packet(link)

@@ -5,6 +5,7 @@ from enum import IntEnum
 from ipaddress import collapse_addresses
 from typing import Literal, TypeAlias
 
+from dataplane.control.claims import masquerade_ports
 from dataplane.control.services import Destination, VirtualServer
 from dataplane.control.state import Address, Balancing, DesiredState, Network, Node, Peer, Pod, PodNetwork
 
@@ -120,6 +121,7 @@ class ChangeSettings:
     Attributes:
         cluster: Prefixes whose traffic to cluster IPs keeps its source address.
         outgoing: Prefixes that are masqueraded towards all others; empty without ``natOutgoing``.
+        ports: Source ports of masqueraded flows, first and last; zeros: by the kernel's rules.
     """
 
     node: Node
@@ -127,6 +129,7 @@ class ChangeSettings:
     balancing: Balancing
     cluster: tuple[Network, ...] = ()
     outgoing: tuple[Network, ...] = ()
+    ports: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, state: DesiredState) -> "ChangeSettings":
@@ -134,7 +137,8 @@ class ChangeSettings:
         cluster = state.balancing.cluster_cidrs
         blocks = [*state.pod_network.cidrs, *(cidr for peer in state.peers for cidr in peer.pod_cidrs)]
         outgoing = (cluster or _collapsed(blocks)) if state.pod_network.nat_outgoing else ()
-        return cls(state.node, state.pod_network, state.balancing, cluster, outgoing)
+        ports = masquerade_ports(state) or (0, 0)
+        return cls(state.node, state.pod_network, state.balancing, cluster, outgoing, ports)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ for a node port, where no process of the host listens, would end the client's co
 and at the node's own addresses the ports of services and those that we masquerade with. A packet socket sees frames
 before netfilter does: we lose nothing.
 
+On an uplink that is ours alone the host's stack loses everything, ARP and IPv6 too. Without that it would answer there
+for the addresses that it has behind its own link: to the kernel an address belongs to the host, not to an interface.
+
 The other way round, a process of the host that calls the node's own node port would never come to us: the kernel sends
 what goes to its own addresses by ``lo``. A hook at the exit of ``lo`` (Linux 5.16) forwards those packets to the host's
 link; the reply comes back by that. 127.0.0.1 is no address of the node: nothing answers at 127.0.0.1:nodePort, as with
@@ -24,7 +27,7 @@ from dataplane.devices.nftables import Nftables, NftablesError
 Server = tuple[str, IPv4Address, int]
 """Protocol, address and port."""
 
-UNPROTECTED = "the host answers what is sent to node ports and to masqueraded connections, and may end these"
+UNPROTECTED = "the host's own stack answers on the uplink, too, and ends connections to node ports and masqueraded ones"
 UNREACHED = "the host's own processes do not reach the node's node ports"
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,8 @@ class Rules:
     """What the rules say.
 
     Attributes:
-        uplink: The interface that is shared with the host; "" when none is.
+        uplink: The interface on the LAN; "" when there is none.
+        shared: Whether the host's stack is to have a part of what comes there; the next five say which.
         networks: What is ours alone, disjoint.
         addresses: The node's own.
         servers: What is ours at those.
@@ -46,6 +50,7 @@ class Rules:
     """
 
     uplink: str = ""
+    shared: bool = True
     networks: tuple[IPv4Network, ...] = ()
     addresses: tuple[IPv4Address, ...] = ()
     servers: frozenset[Server] = frozenset()
@@ -57,6 +62,21 @@ class Rules:
 
 def uplink_table(name: str, rules: Rules) -> str:
     """Return the commands that make the table for the uplink."""
+    return _shared_table(name, rules) if rules.shared else _own_table(name, rules.uplink)
+
+
+def _own_table(name: str, uplink: str) -> str:
+    lines = []
+    for family, hook in (("inet", "prerouting priority raw"), ("arp", "input priority filter")):
+        lines += [
+            f"add table {family} {name} {{ flags owner; }}",
+            f"add chain {family} {name} uplink {{ type filter hook {hook}; policy accept; }}",
+            f'add rule {family} {name} uplink iifname "{uplink}" counter drop',
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _shared_table(name: str, rules: Rules) -> str:
     table = f"ip {name}"
     at_the_node = f"add rule {table} uplink ip daddr @addresses"
     lines = [
@@ -98,11 +118,12 @@ def loopback_table(name: str, rules: Rules) -> str:
 def changes(name: str, old: Rules, new: Rules) -> list[str]:
     """Return the commands that lead from the sets of one value to those of another, for the tables of the new one."""
     lines: list[str] = []
-    if new.uplink and old.networks != new.networks:
+    shared = bool(new.uplink) and new.shared
+    if shared and old.networks != new.networks:
         # As a whole: prefixes that are cut anew would overlap old ones half way through.
         lines.append(f"flush set ip {name} networks")
         lines += _elements("add", f"ip {name}", "networks", map(str, new.networks))
-    tables = [f"ip {name}"] * bool(new.uplink) + [f"netdev {name}"] * (new.host is not None)
+    tables = [f"ip {name}"] * shared + [f"netdev {name}"] * (new.host is not None)
     for table in tables:
         lines += _elements("delete", table, "servers", _keys(old.servers - new.servers))
         lines += _elements("add", table, "servers", _keys(new.servers - old.servers))

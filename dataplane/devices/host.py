@@ -16,7 +16,7 @@ gets packets from an address of its own. ``rp_filter`` = 2 outweighs a strict 1 
 counts; on a device without an address even 2 refuses them (``fib_validate_source``), hence 0 there.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from ipaddress import IPv4Address, IPv4Network, ip_interface
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class HostLink:
 
     Attributes:
         tap: The device; frames are read and written here.
+        addresses: What the host has on it now, each as a /32.
         routes: What leads to it now.
     """
 
@@ -44,7 +45,7 @@ class HostLink:
         mtu: int,
         gateway: IPv4Address,
         gateway_mac: int,
-        addresses: Sequence[IPv4Address] = (),
+        addresses: Collection[IPv4Address] = (),
         offload: Collection[str] = (),
     ) -> None:
         """Open the device in the namespace of the calling thread, and set it up but for the routes.
@@ -55,12 +56,13 @@ class HostLink:
             mtu: In bytes of IP packet.
             gateway: The next hop of all routes.
             gateway_mac: Our end's.
-            addresses: What the host has on this link, each as a /32.
+            addresses: What the host has on it at first; without any, see above.
             offload: As a pod's.
 
         Raises:
             DeviceError: Not permitted, or an interface with this name is in use.
         """
+        self.addresses: frozenset[IPv4Address] = frozenset()
         self.routes: frozenset[Detour] = frozenset()
         self._gateway = gateway
         self.tap = Tap(name, mac=mac, mtu=mtu, offload=offload)
@@ -70,7 +72,8 @@ class HostLink:
             self.tap.close()
             raise
         try:
-            self._set_up(name, gateway_mac, addresses)
+            self._set_up(name, gateway_mac, anonymous=not addresses)
+            self.configure(addresses, (), None)
         except NetlinkError as error:
             self.close()
             raise DeviceError(name, error.operation, OSError(error.errno, str(error)), "CAP_NET_ADMIN") from error
@@ -78,27 +81,44 @@ class HostLink:
             self.close()
             raise
 
-    def _set_up(self, name: str, gateway_mac: int, addresses: Sequence[IPv4Address]) -> None:
+    def _set_up(self, name: str, gateway_mac: int, *, anonymous: bool) -> None:
         _write(f"ipv6/conf/{name}/disable_ipv6", "1")
         _write(f"ipv4/conf/{name}/accept_local", "1")
-        _write(f"ipv4/conf/{name}/rp_filter", "2" if addresses else "0")
+        _write(f"ipv4/conf/{name}/rp_filter", "0" if anonymous else "2")
         self._index = self._netlink.link(name).index
         self.tap.up()
-        for address in addresses:
-            self._netlink.add_address(self._index, ip_interface(address))
         self._netlink.set_neighbor(self._index, self._gateway, gateway_mac)
 
-    def set_routes(self, destinations: Iterable[IPv4Network], source: IPv4Address | None, mtu: int = 0) -> None:
-        """Let these prefixes, and no others, lead here; new ones come before old ones go.
+    def configure(
+        self,
+        addresses: Iterable[IPv4Address],
+        destinations: Iterable[IPv4Network],
+        source: IPv4Address | None,
+        mtu: int = 0,
+    ) -> None:
+        """Give the host these addresses here, and let these prefixes lead here, and no others.
+
+        What is new comes before what is old goes.
 
         Args:
+            addresses: The host's on this link.
             destinations: Prefixes.
             source: The address that the host's packets have unless a program says otherwise.
-            mtu: Of packets to any of them but to everywhere; 0 is the device's.
+            mtu: Of packets to any of the prefixes but to everywhere; 0 is the device's.
 
         Raises:
             NetlinkError: The kernel refused one.
         """
+        wanted = frozenset(addresses)
+        for address in wanted - self.addresses:
+            self._netlink.add_address(self._index, ip_interface(address))
+            self.addresses |= {address}
+        self._route(destinations, source, mtu)
+        for address in self.addresses - wanted:
+            self._netlink.delete_address(self._index, ip_interface(address))
+            self.addresses -= {address}
+
+    def _route(self, destinations: Iterable[IPv4Network], source: IPv4Address | None, mtu: int) -> None:
         wanted = frozenset(
             Detour(prefix, self._gateway, source, mtu if prefix.prefixlen else 0) for prefix in destinations
         )
