@@ -17,6 +17,8 @@ from dataplane.tables.flow import (
     FREE,
     FULL,
     MISS,
+    ORIGINAL,
+    REPLY,
     SOURCE_KEPT,
     TUPLE,
     Count,
@@ -225,10 +227,22 @@ def test_a_flow_behind_another_of_the_same_tag_is_found():
     assert find_in_passes(table, wanted) == find(table, wanted) == 2
 
 
-def test_a_candidate_of_before_a_delete_does_not_match():
+@pytest.mark.parametrize("field", ["src_hi", "src_lo", "dst_hi", "dst_lo", "sport", "dport", "protocol"])
+def test_a_half_matches_only_if_every_field_does(field):
+    table = FlowTable(4)
+    wanted = record_of((POD6, POD6 + 1, 4000, 53, UDP))
+    insert(table, (POD6, POD6 + 1, 4000, 53, UDP), service_flow(0)[1])
+    assert flow.matches(table.arrays, 0, wanted)
+    wanted[field] ^= 1
+    assert not flow.matches(table.arrays, 0, wanted)
+
+
+@pytest.mark.parametrize("direction", [ORIGINAL, REPLY])
+def test_a_candidate_of_before_a_delete_does_not_match(direction):
     table = filled(2)
-    wanted = record_of(service_flow(0)[0])
+    wanted = record_of(service_flow(0)[direction])
     half = int(flow.candidate(table.arrays, np.uint64(flow.hash_tuple(table.arrays, wanted))))
+    assert half == direction
     assert flow.matches(table.arrays, half, wanted)
     flow.delete(table.arrays, 0)
     assert not flow.matches(table.arrays, half, wanted)
@@ -265,6 +279,15 @@ def test_one_flow_of_a_source_keeps_its_mapping():
     flow.delete(table.arrays, first)
     assert flow.find_source(table.arrays, same_source) == MISS
     assert not table.arrays[0].any()
+
+
+def test_only_a_by_source_entry_leads_to_a_kept_mapping():
+    table, source = filled(1, capacity=4), service_flow(0)[0]
+    word = flow._hash_source(table.arrays, record_of(source))
+    tagged.place(table.arrays[0], np.uint64(word), 0)  # an original tuple that has this tag by chance
+    assert flow.find_source(table.arrays, record_of(source)) == MISS
+    flow.keep_source(table.arrays, 0)
+    assert flow.find_source(table.arrays, record_of(source)) == 0
 
 
 # --- floods ----------------------------------------------------------------------------------------------------------

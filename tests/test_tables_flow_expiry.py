@@ -25,10 +25,14 @@ def test_the_hand_sees_every_row_once_in_a_round_in_budgets_of_any_size():
 
 
 def test_the_hand_passes_by_rows_that_are_free():
-    table = filled(4, capacity=8)
+    table = filled(40)
+    table.flows["status"] = ASSURED | COUNTED
+    table.flows["lb_expires_ns"] = FREE - 1
     flow.delete(table.arrays, 1)
+    table.flows[1]["lb_expires_ns"] = 0
     table.flows[2]["expires_ns"] = 5
-    assert hand(table, FREE - 2, 8) == [2]
+    assert len(table) == 39  # crowded
+    assert hand(table, 5, 40) == [2]
 
 
 def test_the_hand_stops_at_what_ip_vs_forgets():
