@@ -11,7 +11,7 @@ CONFIG ?= examples/node.toml
 # The clients and peers of the traffic tests.
 TOOLS  := iproute2 iputils-ping arping traceroute tcpdump tshark iperf3 ethtool procps curl gcc libc6-dev
 
-.PHONY: venv tools run test test-compiled test-interpreted test-bounds lint bench clean
+.PHONY: venv tools run test test-compiled test-interpreted test-bounds conformance lint bench clean
 
 venv: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ test-interpreted: venv
 # An access outside an array is an error.
 test-bounds: venv
 	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest -m 'not netns'
+
+# The tests that other projects have, too, and the table of their results.
+conformance: venv tools
+	$(BIN)/python -m pytest tests/netns -m conformance --conformance docs/conformance.md
 
 lint: venv
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the table."""
     path = session.config.getoption("--conformance", default=None)
     if path is not None:
+        path.parent.mkdir(exist_ok=True)
         path.write_text(table(session.config.stash[RESULTS]))
 
 

@@ -18,6 +18,7 @@ from tests.netns.harness import Namespace
 
 PATIENCE = 2.0  # of one question: nothing here takes longer than some milliseconds unless it is lost
 SILENCE = 0.3  # after which a packet that should be dropped was
+REFUSED_BY = 3.0
 ETH_P_ALL = 3
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
 
@@ -137,8 +138,13 @@ def names(namespace: Namespace, protocol: str, target: Endpoint, count: int) -> 
 
 
 def refusal(namespace: Namespace, protocol: str, address: str, port: int) -> float:
-    """Return how many seconds it takes until the client is told that nobody is there; fail when it is not told."""
+    """Return how many seconds it takes until the client is told that nobody is there.
+
+    Raises:
+        TimeoutError: It is not told.
+    """
     with udp_socket(namespace) if protocol == "udp" else tcp_socket(namespace) as client:
+        client.settimeout(SILENCE)
         start = time.perf_counter()
         try:
             client.connect((address, port))
@@ -150,12 +156,20 @@ def refusal(namespace: Namespace, protocol: str, address: str, port: int) -> flo
 
 
 def is_refused(namespace: Namespace, protocol: str, address: str, port: int) -> bool:
-    """Tell whether a question is refused, when it may also be answered."""
-    try:
-        ASK[protocol](namespace, address, port)
-    except ConnectionRefusedError:
-        return True
-    return False
+    """Tell whether a question is refused, and not answered.
+
+    It is asked again when nothing comes: ICMP errors to one host are limited to 6 at once and then one a second.
+    """
+    deadline = time.monotonic() + REFUSED_BY
+    while True:
+        try:
+            ASK[protocol](namespace, address, port, timeout=SILENCE)
+        except ConnectionRefusedError:
+            return True
+        except TimeoutError:
+            assert time.monotonic() < deadline, f"{protocol} {address}:{port} is neither answered nor refused"
+        else:
+            return False
 
 
 def is_silent(namespace: Namespace, protocol: str, address: str, port: int, timeout: float = SILENCE) -> bool:

@@ -347,9 +347,10 @@ def test_a_clash_of_source_ports_is_resolved(cluster, spot, pod2, protocol, clie
 @pytest.mark.parametrize("protocol", EVERY)
 def test_many_clients_with_one_source_port_are_told_apart(cluster, spot, protocol):
     own = [f"192.0.2.{number}" for number in range(130, 150)]
-    for address in own:
-        cluster.ext.ip("address", "add", f"{address}/24", "dev", "eth0")
     with cluster.use(service("web", spot.vip, both(80, spot.node_port), [POD1, POD2])), ExitStack() as stack:
+        for address in own:
+            cluster.ext.ip("address", "add", f"{address}/24", "dev", "eth0")
+            stack.callback(cluster.ext.ip, "address", "del", f"{address}/24", "dev", "eth0")
         if protocol == "tcp":
             streams = [
                 stack.enter_context(connected(cluster.ext, NODE, spot.node_port, source=20040, own=address))
@@ -361,8 +362,6 @@ def test_many_clients_with_one_source_port_are_told_apart(cluster, spot, protoco
             answers = [exchange(each, (NODE, spot.node_port)) for each in sockets]
     assert {answer.seen[0] for answer in answers} == {NODE}
     assert len({(answer.name, answer.seen) for answer in answers}) == len(own)
-    for address in own:
-        cluster.ext.ip("address", "del", f"{address}/24", "dev", "eth0")
 
 
 @selftest("two hosts with one source port behind the masquerade", "nf_nat_edemux.sh")
