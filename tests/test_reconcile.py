@@ -1,31 +1,41 @@
-"""Planning: the model of a node is three dictionaries; every plan must lead from the old model to the new one."""
+"""Planning: the model of a node is four dictionaries; every plan must lead from the old model to the new one."""
 
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane.control.edits import (
+    AddDestination,
     AddPod,
+    AddServer,
     AddVtep,
+    ChangeDestination,
     ChangePod,
+    ChangeServer,
     ChangeSettings,
     ChangeVtep,
     DeleteRoute,
     Edit,
     NeedsRestart,
+    RemoveDestination,
     RemovePod,
+    RemoveServer,
     RemoveVtep,
     RouteSpec,
     SetRoute,
     Source,
+    describe,
 )
 from dataplane.control.reconcile import plan, process_keys
 from dataplane.control.routing import routes
+from dataplane.control.services import Destination, ServerKey, VirtualServer, virtual_servers
 from dataplane.control.state import (
+    Address,
+    Balancing,
     DesiredState,
     Engine,
     Log,
@@ -42,6 +52,8 @@ from dataplane.control.state import (
     pod_mac,
     vtep_mac,
 )
+from tests import service_states
+from tests.service_states import endpoint, web
 
 BLOCK = IPv4Network("10.244.1.0/24")
 
@@ -71,7 +83,8 @@ class Model:
     pods: dict[str, Pod] = field(default_factory=dict)
     vteps: dict[str, Peer] = field(default_factory=dict)
     routes: dict[Network, RouteSpec] = field(default_factory=dict)
-    settings: tuple[object, ...] = ()
+    servers: dict[ServerKey, VirtualServer] = field(default_factory=dict)
+    settings: ChangeSettings | None = None
 
     @classmethod
     def of(cls, desired: DesiredState | None) -> "Model":
@@ -82,7 +95,8 @@ class Model:
             {item.interface: item for item in desired.pods},
             {item.name: item for item in peers},
             routes(desired),
-            (desired.node, desired.pod_network),
+            virtual_servers(desired),
+            ChangeSettings.of(desired),
         )
 
     def apply(self, edit: Edit) -> None:
@@ -109,15 +123,53 @@ class Model:
                 self.routes[prefix] = spec
             case DeleteRoute(prefix):
                 del self.routes[prefix]
-            case ChangeSettings(node, pod_network):
-                self.settings = (node, pod_network)
+            case ChangeSettings():
+                self.settings = edit
             case NeedsRestart():
                 raise AssertionError(edit)
+            case _:
+                self.apply_to_servers(edit)
+
+    def apply_to_servers(self, edit: Edit) -> None:
+        match edit:
+            case AddServer(server):
+                assert server.key not in self.servers
+                self.servers[server.key] = server
+            case RemoveServer(server):
+                assert self.servers.pop(server.key) == server
+            case ChangeServer(old, new):
+                held = self.servers[old.key]
+                assert old.key == new.key
+                assert replace(held, destinations=()) == replace(old, destinations=()) != replace(new, destinations=())
+                self.servers[new.key] = replace(new, destinations=held.destinations)
+            case AddDestination(server, each):
+                held = self.servers[server.key]
+                assert (each.address, each.port) not in {item[:2] for item in held.destinations}
+                self.servers[server.key] = replace(held, destinations=(*held.destinations, each))
+            case RemoveDestination(server, each):
+                held = self.servers[server.key]
+                assert each in held.destinations
+                kept = tuple(item for item in held.destinations if item != each)
+                self.servers[server.key] = replace(held, destinations=kept)
+            case ChangeDestination(server, each):
+                held = self.servers[server.key]
+                changed = tuple(each if item[:2] == each[:2] else item for item in held.destinations)
+                assert changed != held.destinations
+                self.servers[server.key] = replace(held, destinations=changed)
+
+    def sorted(self) -> "Model":
+        """The same with destinations in the order of a state, though those that came later are the newest."""
+        servers = {}
+        for key, server in self.servers.items():
+            in_order = sorted(server.destinations, key=lambda each: f"{each.address}:{each.port}")
+            servers[key] = replace(server, destinations=tuple(in_order))
+        return replace(self, servers=servers)
 
     def check(self) -> None:
         for spec in self.routes.values():
             assert spec.kind != "pod" or spec.target in self.pods
             assert spec.kind != "tunnel" or spec.target in self.vteps
+        assert all(ip_network(key.address) in self.routes for key in self.servers)
         assert len({item.netns for item in self.pods.values()}) == len(self.pods)
         for key in ("address", "vtep_mac", "tunnel_address"):
             assert len({getattr(item, key) for item in self.vteps.values()}) == len(self.vteps), key
@@ -149,20 +201,48 @@ def desired_states(draw: st.DrawFn) -> DesiredState:
             st.sampled_from([(), (StaticRoute(IPv4Network("198.51.100.0/24"), IPv4Address("192.0.2.1")),)]),
         ),
         on_link=draw(st.sampled_from([(), (IPv4Network("192.0.2.0/24"),)])),
+        balancing=Balancing(
+            scheduler=draw(st.sampled_from(["rr", "mh"])),
+            cluster_cidrs=draw(st.sampled_from([(), (IPv4Network("10.244.0.0/16"),)])),
+            service_cidrs=draw(st.sampled_from([(), (IPv4Network("10.96.0.0/12"),)])),
+        ),
     )
 
 
-@given(st.none() | desired_states(), st.none() | desired_states())
+@st.composite
+def served_states(draw: st.DrawFn) -> DesiredState:
+    names = draw(st.lists(st.sampled_from("ab"), unique=True))
+    return replace(draw(desired_states()), services=tuple(draw(service_states.services(name)) for name in names))
+
+
+@settings(max_examples=60)
+@given(st.none() | served_states(), st.none() | served_states())
 def test_a_plan_leads_from_the_old_node_to_the_new_one_and_every_step_is_whole(
     old: DesiredState | None, new: DesiredState | None
 ):
     model = Model.of(old)
-    for edit in plan(old, new):
+    edits = plan(old, new)
+    coming = pod_addresses(new) - pod_addresses(old) - endpoint_addresses(old)
+    going = pod_addresses(old) - pod_addresses(new) - endpoint_addresses(new)
+    for edit in edits:
         model.apply(edit)
         model.check()
+        there = {address for item in model.pods.values() for address in item.addresses}
+        used = {each.address for server in model.servers.values() for each in server.destinations}
+        if new is not None and old is not None:
+            assert not (used & coming) - there
+            assert not isinstance(edit, RemovePod) or not used & going
     if new is None:
-        model.settings = ()
-    assert model == Model.of(new)
+        model.settings = None
+    assert model.sorted() == Model.of(new)
+
+
+def pod_addresses(desired: DesiredState | None) -> set[Address]:
+    return {address for item in desired.pods for address in item.addresses} if desired else set()
+
+
+def endpoint_addresses(desired: DesiredState | None) -> set[Address]:
+    return {each.address for service in desired.services for each in service.endpoints} if desired else set()
 
 
 @given(desired_states())
@@ -299,6 +379,80 @@ def test_what_is_fixed_for_a_running_node_is_named_and_nothing_else_is_planned(c
     (edit,) = plan(state(), state(**{"pods": (pod("web-0"),)} | changes))
     assert edit == NeedsRestart((key,))
     assert str(edit) == f"cannot be changed while running: {key}; restart the node to apply"
+
+
+SERVICE = RouteSpec("service", Source.SERVICE)
+VIP = IPv4Network("10.96.0.20/32")
+
+
+def test_a_service_has_a_route_and_unused_addresses_are_a_black_hole():
+    balancing = Balancing(service_cidrs=(IPv4Network("10.96.0.0/12"),))
+    table = routes(state(services=(web(),), balancing=balancing))
+    assert table[VIP] == SERVICE
+    assert table[IPv4Network("10.96.0.0/12")] == RouteSpec("blackhole", Source.BLACKHOLE)
+
+
+def test_a_load_balancers_address_is_announced_by_one_node_and_nodes_addresses_stay_theirs():
+    given = web(endpoint("10.244.1.10"), load_balancer_ips=(IPv4Address("192.0.2.200"),))
+    other = replace(web(external_ips=(IPv4Address("192.0.2.11"),)), name="other", cluster_ips=())
+    here = state(peers=(peer("node2"),), services=(given, other))
+    there = replace(here, node=Node("node2", addresses=here.node.addresses), peers=(peer("node1"),))
+    found = [routes(here), routes(there)]
+    assert [table[IPv4Network("192.0.2.200/32")].announced for table in found] == [False, True]
+    assert found[0][IPv4Network("192.0.2.11/32")].kind == "local"
+    assert not found[0][VIP].announced
+
+
+def test_one_endpoint_more_is_one_edit_and_no_route_is_touched():
+    old = state(services=(web(endpoint("10.244.1.10")),))
+    new = state(services=(web(endpoint("10.244.1.10"), endpoint("10.244.2.10")),))
+    (edit,) = plan(old, new)
+    assert isinstance(edit, AddDestination)
+    assert edit.destination == Destination(IPv4Address("10.244.2.10"), 8080)
+    assert describe(edit) == "endpoint 10.244.2.10:8080 of default/web added at 10.96.0.20:80/TCP"
+
+
+def test_virtual_servers_come_after_their_routes_and_go_before_them():
+    desired = state(services=(web(endpoint("10.244.1.10")),))
+    come, go = plan(state(), desired), plan(desired, state())
+    assert [type(edit) for edit in come] == [SetRoute, AddServer]
+    assert [type(edit) for edit in go] == [RemoveServer, DeleteRoute]
+    assert describe(come[0]) == "route 10.96.0.20/32 service"
+    assert describe(go[0]) == "service default/web removed at 10.96.0.20:80/TCP"
+
+
+def test_an_endpoint_on_a_new_pod_comes_after_it_and_one_on_an_old_pod_goes_before():
+    old = state(pods=(pod("a", "10.244.1.10"),), services=(web(endpoint("10.244.1.10")),))
+    new = state(pods=(pod("b", "10.244.1.11"),), services=(web(endpoint("10.244.1.11")),))
+    kinds = [type(edit) for edit in plan(old, new)]
+    assert kinds == [RemoveDestination, DeleteRoute, RemovePod, AddPod, SetRoute, AddDestination]
+
+
+POOLS = """
+# clusterCIDR    natOutgoing   -> cluster         outgoing
+-                no            -                  -
+10.244.0.0/16    no            10.244.0.0/16      -
+10.244.0.0/16    yes           10.244.0.0/16      10.244.0.0/16
+-                yes           -                  10.244.1.0/24,10.244.2.0/23
+"""
+
+
+@pytest.mark.parametrize("row", [line.split() for line in POOLS.splitlines() if line and line[0] != "#"])
+def test_the_pools_are_the_cluster_or_all_blocks_that_are_known(row):
+    given, nat, cluster, outgoing = ([IPv4Network(word) for word in column.split(",") if "/" in word] for column in row)
+    desired = state(
+        pod_network=PodNetwork(cidrs=(BLOCK,), nat_outgoing=row[1] == "yes"),
+        peers=(peer("node2"), peer("node3", "192.0.2.13", "10.244.3.0/24")),
+        balancing=Balancing(cluster_cidrs=tuple(given)),
+    )
+    edit = ChangeSettings.of(desired)
+    assert (list(edit.cluster), list(edit.outgoing), nat) == (cluster, outgoing, [])
+
+
+def test_timeouts_change_while_packets_flow_and_the_tables_size_does_not():
+    timeouts = state(balancing=Balancing(timeouts=(("udpTimeout", 10),)))
+    assert [type(edit) for edit in plan(state(), timeouts)] == [ChangeSettings]
+    assert plan(state(), state(balancing=Balancing(conntrack_max=1024))) == (NeedsRestart(("services.conntrack.max",)),)
 
 
 def test_what_concerns_the_process_is_named_too():
