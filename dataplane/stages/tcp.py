@@ -128,7 +128,8 @@ def begin(data: Any, packet: Any, tables: Any, row: int, now: int) -> None:
         flow["state"] = TcpState.ESTABLISHED
         flow["last_index"] = w.ACK
         w.pick_up_half(data, packet, sender)
-        # Nobody knows the scale of its windows.
+        # Nobody knows the scale of its windows. Linux now checks the segment against a peer that it knows nothing about:
+        # an acknowledgment within 66,000 of zero counts as the peer's number. That accident is not imitated.
         sender["window_flags"] = w.SACK | w.LIBERAL
         receiver["window_flags"] = w.SACK | w.LIBERAL
         limit = min(timeouts[Timeout.RETRANS], timeouts[Timeout.UNACK])
@@ -223,7 +224,10 @@ def _next_state(data: Any, packet: Any, tuples: Any, flow: Any, e: int) -> int:
 
 @kernel
 def _may_reopen(tuples: Any, flow: Any, e: int) -> bool:
-    """Tell whether a SYN after the end is a new connection: the old one was closed in order, or its sender reset it."""
+    """Tell whether a SYN after the end is a new connection: the old one was closed in order, or its sender reset it.
+
+    In order means that either side has sent a FIN; Linux does not ask whether the SYN is from the one that did.
+    """
     closed = (int(tuples[e]["window_flags"]) | int(tuples[e ^ 1]["window_flags"])) & w.CLOSE_INIT
     return closed != 0 or (int(flow["last_direction"]) == e & 1 and int(flow["last_index"]) == w.RST)
 

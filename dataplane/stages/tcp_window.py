@@ -251,7 +251,7 @@ def _count_repeats(flow: Any, direction: int, seq: int, ack: int, end: int, wind
         and int(flow["last_end"]) == end
         and int(flow["last_window"]) == window
     ):
-        flow["retrans"] = min(int(flow["retrans"]) + 1, 255)
+        flow["retrans"] = min(int(flow["retrans"]) + 1, 255)  # Linux's wraps, and begins to trust the side again
         return
     flow["last_direction"] = direction
     flow["last_seq"] = seq
