@@ -254,7 +254,7 @@ def test_nearly_all_ports_towards_one_destination_are_found(random):
 def test_a_search_among_used_ports_ends():
     """After 128 + 64 + 32 + 16 + 8 of them, in a table that holds every port of the class."""
     chooser = Chooser(capacity=1024)
-    for n in range(2000):
+    for n in range(800):
         chooser.add(DNS._replace(src=0x1000 + n, sport=1), random=True)
     used = {int(record["dport"]) for record in chooser.table.tuples[1 : 2 * len(chooser.table) : 2]}
     assert used == set(range(1, 512))

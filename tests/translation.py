@@ -134,14 +134,15 @@ class Translator:
         """Add a flow whose two directions come in these ways; return its row."""
         row, self.rows = self.rows, self.rows + 1
         for direction, tuple_ in ((ORIGINAL, original), (REPLY, reply)):
-            self._fill(self.table.tuples[2 * row + direction], tuple_, direction)
+            self.fill(self.table.tuples[2 * row + direction], tuple_, direction)
         self.table.flows[row]["status"] = (DST_NAT if reply.src != original.dst else 0) | (
             SRC_NAT if reply.dst != original.src else 0
         )
         return row
 
     @staticmethod
-    def _fill(record: Any, of: Way, direction: int) -> None:
+    def fill(record: Any, of: Way, direction: int) -> None:
+        """Write a tuple; a query gets ports as from parse."""
         record["src_hi"], record["src_lo"] = (np.uint64(half) for half in halves(of.src.address))
         record["dst_hi"], record["dst_lo"] = (np.uint64(half) for half in halves(of.dst.address))
         record["sport"], record["dport"], record["protocol"] = of.src.port, of.dst.port, of.protocol
