@@ -33,6 +33,9 @@ static inline i64 candidate(const struct tables *t, u64 word)
         at = (at + 1) & t->flow_mask;
     }
     __builtin_prefetch(&t->halves[half]);
+    __builtin_prefetch(&t->halves[half].seq_end);
+    __builtin_prefetch(&t->halves[half ^ 1]);
+    __builtin_prefetch(&t->halves[half ^ 1].seq_end);
     return half;
 }
 

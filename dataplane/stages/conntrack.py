@@ -8,7 +8,7 @@ The record gets the translated destination, by which ``route`` sends the packet;
 behind it. What ``route`` drops is therefore still the client's own packet when it is quoted in an ICMP error, and what
 waits for a neighbor comes by here again.
 
-Three passes: hash and prefetch the slot; find the candidate and prefetch its record; compare and act. The third is in
+Three passes: hash and prefetch the slot; find the candidate and prefetch its flow; compare and act. The third is in
 order, row by row: what a packet does to its flow holds for the next one.
 
 Steals: host.owned. Drops: ct.invalid-flags, ct.not-syn, ct.window, ct.bad-rst, ct.table-full, ct.clash,
@@ -79,7 +79,9 @@ def conntrack(batch: Any, count: int, tables: Any, now: int) -> None:
     for i in range(count):
         packet = packets[i]
         if packet["verdict"] == Verdict.ACCEPT:
-            packet["flow"] = table.candidate(flows, packet["next_lo"])
+            half = table.candidate(flows, packet["next_lo"])
+            packet["flow"] = half
+            table.prefetch_flow(flows, half)
     for i in range(count):
         packet = packets[i]
         # Pieces of IPv6 datagrams have no ports; IPv4's are whole by now.
