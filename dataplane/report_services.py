@@ -6,13 +6,14 @@ by the id that the balancer keeps for each row.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 
 from dataplane.balance import Balancer
 from dataplane.control.query import Query
-from dataplane.control.snapshot import Balancing, EndpointRow, ServiceRow, TemplateRow
+from dataplane.control.snapshot import Balancing, EndpointRow, ServiceRow, ServiceTotals, TemplateRow
 from dataplane.control.state import DesiredState, Service
 from dataplane.jit import Array
 from dataplane.tables.address import V4_BITS, Address, to_address
@@ -24,11 +25,11 @@ from dataplane.tables.service import ServiceTable
 
 PAGE = 64  # rows that are made in one step, at 10 us each
 CHUNK = 8192  # templates that are looked at in one step
+TOTALS = 250  # ports of services that metrics are made of: 2 ms for a scrape, and a bounded number of time series
 
 _PROTOCOLS = {6: "TCP", 17: "UDP", 132: "SCTP"}
 _NAMELESS = ("", "", "", "")
 _SECOND = 1_000_000_000
-Row = TypeVar("Row")
 
 
 class Pages:
@@ -93,7 +94,7 @@ class ServiceReport:
 
     def balancing(self) -> Balancing:
         """Return the tables as a whole."""
-        templates = self._templates
+        templates, (totals, left_off) = self._templates, self._totals()
         return {
             "services": len(self._table),
             "endpoints": int(np.count_nonzero(self._table.backends["flags"] & AVAILABLE)),
@@ -102,6 +103,33 @@ class ServiceReport:
             "templates_refused": templates.refused,
             "no_local_endpoints": self._no_local(),
             "last_sync": self._balancer.last_sync,
+            "totals": totals,
+            "left_off": left_off,
+        }
+
+    def _totals(self) -> tuple[list[ServiceTotals], int]:
+        """Sum up the addresses of each port; return the oldest ports, and how many others there are."""
+        ports: dict[tuple[str, str, str], list[int]] = {}
+        scopes = self._table.services["scope"]
+        for row, (name, port_name, _, _) in self._names.items():
+            ports.setdefault((name, port_name, _PROTOCOLS[int(scopes[row]) >> 16]), []).append(row)
+        sums = _Sums(self._table)
+        totals = [self._total(key, rows, sums) for key, rows in islice(ports.items(), TOTALS)]
+        return totals, len(ports) - len(totals)
+
+    def _total(self, key: tuple[str, str, str], rows: list[int], sums: "_Sums") -> ServiceTotals:
+        records = self._table.services[rows]
+        return {
+            "service": key[0],
+            "port_name": key[1],
+            "protocol": key[2],
+            "connections": int(records["connections"].sum()),
+            "active": sum(sums.get("active", row) for row in rows),
+            "inactive": sum(sums.get("inactive", row) for row in rows),
+            "in_packets": int(records["in_packets"].sum()),
+            "in_bytes": int(records["in_bytes"].sum()),
+            "out_packets": int(records["out_packets"].sum()),
+            "out_bytes": int(records["out_bytes"].sum()),
         }
 
     def _no_local(self) -> dict[str, int]:
@@ -140,6 +168,11 @@ class ServiceReport:
         state = self._state()
         return {service.id: service for service in state.services} if state else {}
 
+    def _own_pods(self) -> dict[Address, str]:
+        """Return this node's name by the addresses of its pods; an endpoint on it need not say where it is."""
+        state = self._state()
+        return {address: state.node.name for pod in state.pods for address in pod.addresses} if state else {}
+
     def _services(self, query: Query) -> Iterator[list[ServiceRow]]:
         known, sums = self._known(), _Sums(self._table)
         yield []
@@ -176,13 +209,13 @@ class ServiceReport:
         }
 
     def _endpoints(self, query: Query) -> Iterator[list[EndpointRow]]:
-        known = self._known()
+        known, here = self._known(), self._own_pods()
         yield []
         for rows in self._rows(query):
             for row in rows:
                 if int(self._table.services[row]["scope"]) == 0:
                     continue  # deleted since the page before
-                nodes = _nodes(known.get(self._name(row)[0]))
+                nodes = here | _nodes(known.get(self._name(row)[0]))
                 members = self._members(row)
                 for at in range(0, len(members), PAGE):
                     page = members[at : at + PAGE]
@@ -294,7 +327,7 @@ class _Sums:
 
 
 def _nodes(service: Service | None) -> dict[Address, str]:
-    return {each.address: each.node for each in service.endpoints} if service else {}
+    return {each.address: each.node for each in service.endpoints if each.node} if service else {}
 
 
 def _flags(scheduler: str, flags: int) -> list[str]:

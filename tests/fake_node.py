@@ -163,6 +163,12 @@ def flows() -> list[dict[str, Any]]:
     ]
 
 
+def totals(service: str, port_name: str, protocol: str) -> dict[str, Any]:
+    counts = {"connections": 12, "active": 1, "inactive": 3, "in_packets": 120, "in_bytes": 12_000}
+    counts |= {"out_packets": 100, "out_bytes": 100_000_000}
+    return {"service": service, "port_name": port_name, "protocol": protocol, **counts}
+
+
 def translation(**changes: Any) -> dict[str, Any]:
     return {
         "protocol": "tcp",
@@ -352,6 +358,8 @@ def snapshots() -> dict[str, Any]:
             "templates_refused": 0,
             "no_local_endpoints": {"internal": 0, "external": 1},
             "last_sync": 1_700_000_100.0,
+            "totals": [totals("default/web", "http", "TCP"), totals("kube-system/dns", "", "UDP")],
+            "left_off": 0,
         },
     }
 

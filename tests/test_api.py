@@ -450,6 +450,20 @@ def test_pods_are_counted_under_calicos_name():
     assert found["felix_resync_state", ()] == 3
 
 
+def test_services_and_flows_are_metrics_under_kube_proxys_names_where_it_has_them():
+    found = samples()
+    assert found["kubeproxy_sync_proxy_rules_last_timestamp_seconds", ()] == 1_700_000_100
+    assert found["kubeproxy_sync_proxy_rules_no_local_endpoints_total", ("external",)] == 1
+    assert found["kubeproxy_sync_proxy_rules_no_local_endpoints_total", ("internal",)] == 0
+    assert found["kubeproxy_iptables_ct_state_invalid_dropped_packets_total", ()] == 1
+    assert found["dataplane_conntrack_entries", ()] == 4
+    assert found["dataplane_conntrack_entries_limit", ()] == 262144
+    assert found["dataplane_conntrack_stat_insert_total", ()] == 9
+    assert found["dataplane_virtual_services", ()] == 2
+    assert found["dataplane_service_connections_total", ("http", "TCP", "default/web")] == 12
+    assert found["dataplane_service_open_connections", ("", "UDP", "kube-system/dns", "inactive")] == 3
+
+
 def test_every_metric_has_a_help_line():
     text = metrics.text(FakeNode().snapshot)
     names = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))

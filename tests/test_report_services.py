@@ -11,8 +11,8 @@ from dataplane.balance import Balancer
 from dataplane.control import edits, query
 from dataplane.control.query import Query
 from dataplane.control.services import virtual_servers
-from dataplane.control.state import DesiredState, Endpoint, Node, Service, ServicePort
-from dataplane.report_services import PAGE, ServiceReport
+from dataplane.control.state import DesiredState, Endpoint, Node, Pod, Service, ServicePort
+from dataplane.report_services import PAGE, TOTALS, ServiceReport
 from dataplane.tables import persistence, service
 from dataplane.tables.address import halves
 from dataplane.tables.persistence import TemplateTable
@@ -54,7 +54,8 @@ class World:
         self.templates = TemplateTable(64, seed=1)
         self.balancer = Balancer(self.services, self.policies)
         node = Node("node1", addresses=(ip_address("192.0.2.11"),))
-        self.state = DesiredState(node, services=services)
+        pod = Pod("web-1", "default", "web-1", (ip_address(B),), 0x02, 1450, "cali1")
+        self.state = DesiredState(node, pods=(pod,), services=services)
         self.now = NOW
         self.report = ServiceReport(
             self.services, self.policies, self.templates, self.balancer, lambda: self.state, lambda: self.now
@@ -124,7 +125,7 @@ def test_a_service_is_listed_at_each_of_its_addresses(world):
 def test_endpoints_stand_in_the_order_of_the_schedulers_list(world):
     rows = [row for row in world.rows("endpoints") if row["kind"] == "cluster-ip"]
     assert [(row["address"], row["port"], row["weight"], row["node"]) for row in rows] == [
-        (B, 8080, 3, ""),
+        (B, 8080, 3, "node1"),  # a pod of this node's
         (A, 8080, 1, "node1"),
     ]
     assert {(row["virtual_address"], row["virtual_port"], row["protocol"]) for row in rows} == {(VIP, 80, "TCP")}
@@ -239,3 +240,29 @@ def test_services_without_a_backend_here_are_counted_by_traffic_policy():
     assert found["no_local_endpoints"] == {"internal": 1, "external": 1}
     assert (found["services"], found["endpoints"], found["templates"]) == (3, 1, 0)
     assert found["last_sync"] > 1.6e9
+
+
+def test_totals_are_of_a_port_at_all_its_addresses(world):
+    world.stick("10.244.1.20")
+    world.services.services["in_bytes"][world.row()] = 100
+    world.services.services["in_bytes"][world.row("192.0.2.11", 30080)] = 11
+    found = world.report.balancing()
+    assert [(row["service"], row["port_name"], row["protocol"]) for row in found["totals"]] == [
+        ("default/web", "http", "TCP"),
+        ("kube-system/dns", "", "UDP"),
+    ]
+    assert [(row["connections"], row["inactive"], row["in_bytes"]) for row in found["totals"]] == [
+        (1, 1, 111),
+        (0, 0, 0),
+    ]
+    assert found["left_off"] == 0
+
+
+def test_totals_are_bounded():
+    many = tuple(
+        replace(NAMES, name=f"dns-{number}", cluster_ips=(ip_address("10.96.1.0") + number,), scheduler="rr")
+        for number in range(TOTALS + 7)
+    )
+    found = World(*many).report.balancing()
+    assert (len(found["totals"]), found["left_off"]) == (TOTALS, 7)
+    assert found["totals"][0]["service"] == "kube-system/dns-0"

@@ -1,7 +1,8 @@
 """Prometheus' view of the snapshots.
 
 Nothing is counted twice: the collector reads the counters that the node has anyway when somebody asks. Names that
-operators have dashboards for are Calico's (``felix_*``), the rest begin with ``dataplane_``.
+operators have dashboards for are Calico's (``felix_*``) and kube-proxy's (``kubeproxy_*``), the rest begin with
+``dataplane_``. Time series by service are for the oldest services only, so that their number is bounded.
 """
 
 from collections import Counter as Tally
@@ -12,7 +13,19 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dataplane.control.snapshot import Arp, Counters, Drops, Interfaces, Kind, Pipeline, Routes, Status, Vteps
+from dataplane.control.snapshot import (
+    Arp,
+    Balancing,
+    ConntrackStats,
+    Counters,
+    Drops,
+    Interfaces,
+    Kind,
+    Pipeline,
+    Routes,
+    Status,
+    Vteps,
+)
 
 Snapshot = Callable[[Kind], Mapping[str, Any]]
 _IN_SYNC = 3  # felix: 1 wait-for-ready, 2 resync, 3 in-sync
@@ -37,6 +50,8 @@ class _Node(Collector):
         yield from _pipeline(self.snapshot("pipeline"))
         yield from _vteps(self.snapshot("vteps"))
         yield from _tables(self.snapshot("routes"), self.snapshot("arp"))
+        yield from _conntrack(self.snapshot("conntrack_stats"))
+        yield from _balancing(self.snapshot("balancing"))
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
@@ -128,3 +143,68 @@ def _tables(routes: Routes, arp: Arp) -> Iterator[Metric]:
     for state, count in sorted(states.items()):
         family.add_metric((state,), count)
     yield family
+
+
+def _conntrack(stats: ConntrackStats) -> Iterator[Metric]:
+    texts = {
+        "found": "Lookups that had to be repeated and found an entry.",
+        "invalid": "Packets that are of no connection and cannot begin one.",
+        "insert": "Flows entered.",
+        "insert_failed": "Flows that could not be entered, because one of their tuples was in.",
+        "drop": "Packets dropped for want of an entry.",
+        "early_drop": "Flows given up for new ones.",
+        "error": "Errors about flows that make no sense.",
+        "search_restart": "Lookups that were begun again.",
+        "clash_resolve": "Clashing flows that became one.",
+        "chaintoolong": "Flows not entered because their slots' neighborhood is full.",
+    }
+    rows: dict[str, Any] = dict(stats)
+    yield _gauge("dataplane_conntrack_entries", "Flows that are tracked.", stats["flows"])
+    yield _gauge("dataplane_conntrack_entries_limit", "Flows that can be tracked.", stats["limit"])
+    for name, text in texts.items():
+        yield _counter(f"dataplane_conntrack_stat_{name}", text, (), iter([((), rows[name])]))
+    invalid = iter([((), stats["invalid"])])
+    text = "Packets dropped as invalid, so that none leaves untranslated."
+    yield _counter("kubeproxy_iptables_ct_state_invalid_dropped_packets", text, (), invalid)
+
+
+def _balancing(snapshot: Balancing) -> Iterator[Metric]:
+    yield _gauge("dataplane_virtual_services", "Virtual services: address, port and protocol.", snapshot["services"])
+    yield _gauge("dataplane_endpoints", "Endpoints of all virtual services.", snapshot["endpoints"])
+    yield _gauge("dataplane_persistence_templates", "Clients that stay with an endpoint.", snapshot["templates"])
+    refused = iter([((), snapshot["templates_refused"])])
+    yield _counter("dataplane_persistence_refused", "Connections that got no template: no room.", (), refused)
+    text = "When services were last changed, seconds since the epoch."
+    yield _gauge("kubeproxy_sync_proxy_rules_last_timestamp_seconds", text, snapshot["last_sync"])
+    lacking = GaugeMetricFamily(
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+        "Services of traffic policy Local without an endpoint on this node.",
+        labels=("traffic_policy",),
+    )
+    for policy, count in snapshot["no_local_endpoints"].items():
+        lacking.add_metric((policy,), count)
+    yield lacking
+    yield from _services(snapshot)
+
+
+def _services(snapshot: Balancing) -> Iterator[Metric]:
+    labels = ("service", "port", "protocol")
+    rows: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        ((row["service"], row["port_name"], row["protocol"]), dict(row)) for row in snapshot["totals"]
+    ]
+    fields = {
+        "connections": "Connections to a port of a service.",
+        "in_packets": "Packets to a port of a service.",
+        "in_bytes": "Bytes to a port of a service.",
+        "out_packets": "Packets from a port of a service.",
+        "out_bytes": "Bytes from a port of a service.",
+    }
+    for field, text in fields.items():
+        yield _counter(f"dataplane_service_{field}", text, labels, ((key, row[field]) for key, row in rows))
+    text = "Open connections by ip_vs's count; UDP is inactive."
+    family = GaugeMetricFamily("dataplane_service_open_connections", text, labels=(*labels, "state"))
+    for key, row in rows:
+        for state in ("active", "inactive"):
+            family.add_metric((*key, state), row[state])
+    yield family
+    yield _gauge("dataplane_service_left_off", "Ports of services without metrics of their own.", snapshot["left_off"])

@@ -313,11 +313,27 @@ class ConntrackStats(TypedDict):
     chaintoolong: int
 
 
+class ServiceTotals(TypedDict):
+    """One port of a service, all its addresses together."""
+
+    service: str
+    port_name: str
+    protocol: str
+    connections: int
+    active: int
+    inactive: int
+    in_packets: int
+    in_bytes: int
+    out_packets: int
+    out_bytes: int
+
+
 class Balancing(TypedDict):
     """``GET /v1/balancing``: the service tables as a whole.
 
     ``no_local_endpoints`` counts services by traffic policy (internal, external) that are Local and have no backend on
-    this node; ``last_sync`` is when the tables were last brought up to date, seconds since the epoch.
+    this node; ``last_sync`` is when the tables were last brought up to date, seconds since the epoch. ``totals`` are of
+    the oldest services only, ``left_off`` is how many ports of services have none.
     """
 
     services: int
@@ -327,6 +343,8 @@ class Balancing(TypedDict):
     templates_refused: int
     no_local_endpoints: dict[str, int]
     last_sync: float
+    totals: list[ServiceTotals]
+    left_off: int
 
 
 class Reload(TypedDict):

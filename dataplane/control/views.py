@@ -161,7 +161,7 @@ def conntrack_stats(snapshot: ConntrackStats) -> View:
 
 def balancing(snapshot: Balancing) -> View:
     """One row per number."""
-    values = {name: value for name, value in snapshot.items() if not isinstance(value, dict)}
+    values = {name: value for name, value in snapshot.items() if not isinstance(value, dict | list)}
     values |= {f"no local endpoints, {policy}": count for policy, count in snapshot["no_local_endpoints"].items()}
     return View(("number", ">value"), as_rows((name.replace("_", " "), value) for name, value in values.items()))
 

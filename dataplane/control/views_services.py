@@ -209,7 +209,7 @@ def _type(row: ServiceRow) -> str:
 
 
 def _affinity(row: ServiceRow) -> str:
-    return f"{row['affinity_s']} s" if row["affinity_s"] else "-"
+    return _time(row["affinity_s"]) if row["affinity_s"] else "-"
 
 
 def _endpoint(address: str, port: int) -> str:
