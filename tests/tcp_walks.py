@@ -12,7 +12,7 @@ from tests.tcp_segments import TIMEOUTS, WORD, Segment, Settings
 
 FLAGS = {"S": 6, "SA": 8, "A": 30, "PA": 6, "FA": 10, "R": 2, "RA": 2, "SU": 1, "F": 1, "SF": 1, "": 1, "SEC": 1}
 OPENING = ("S", "SA", "A")
-SEEDS, STEPS = 600, 25  # what is played to Linux
+SEEDS, STEPS = 400, 25  # what is played to Linux
 
 
 class Walk:

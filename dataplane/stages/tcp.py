@@ -128,7 +128,7 @@ def begin(data: Any, packet: Any, tables: Any, row: int, now: int) -> None:
         flow["state"] = TcpState.ESTABLISHED
         flow["last_index"] = w.ACK
         w.pick_up_half(data, packet, sender)
-        # Nobody knows the scale of its windows. Linux now checks the segment against a peer that it knows nothing about:
+        # Nobody knows the scale of its windows. Linux now checks the segment against a peer that it knows nothing of:
         # an acknowledgment within 66,000 of zero counts as the peer's number. That accident is not imitated.
         sender["window_flags"] = w.SACK | w.LIBERAL
         receiver["window_flags"] = w.SACK | w.LIBERAL

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import TypeVar
 
 from pyroute2.netlink import NLM_F_REQUEST, NLMSG_ERROR
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, nfct_msg
@@ -38,6 +39,7 @@ FENCE = 9  # the discard port
 ETH_IP = 0x0800
 CTNETLINK, GET = 1 << 8, 1
 SEEN_REPLY, ASSURED = 2, 4
+Made = TypeVar("Made")
 RULES = f"""
 add table ip conntrack
 add chain ip conntrack first {{ type filter hook prerouting priority raw; }}
@@ -76,7 +78,7 @@ class Linux:
         self._ends = [_inside(host, _packet_socket) for host in self.hosts]
         self._netlink = _inside(self.router, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12))
         self._sockets = [*self._ends, self._netlink]
-        self._sysctls: dict[str, int] = {}
+        self._sysctls: dict[str, int] = {}  # open files: a sysctl belongs to the namespace in which it was opened
         self._settings: dict[str, int] = {}
         self._ports, self._fences = count(1024), count(1)
         self.sport = next(self._ports)
@@ -84,6 +86,8 @@ class Linux:
     def close(self) -> None:
         for each in self._sockets:
             each.close()
+        for descriptor in self._sysctls.values():
+            os.close(descriptor)
 
     def fresh(self) -> None:
         """Go on with a flow that does not exist yet."""
@@ -94,10 +98,11 @@ class Linux:
         for name, seconds in settings.timeouts.items():
             if name != "syn_sent2":  # has no sysctl: it is SYN_SENT's
                 wanted[f"tcp_timeout_{name}"] = seconds
-        changed = {name: value for name, value in wanted.items() if self._settings.get(name) != value}
-        commands = [f"echo {value} > /proc/sys/net/netfilter/nf_conntrack_{name}" for name, value in changed.items()]
-        if commands:
-            self.router.run("sh", "-ec", "\n".join(commands))
+        if not self._sysctls:
+            self._sysctls = _inside(self.router, lambda: {name: _open_sysctl(name) for name in wanted})
+        for name, value in wanted.items():
+            if self._settings.get(name) != value:
+                os.pwrite(self._sysctls[name], str(value).encode(), 0)
         self._settings = wanted
 
     def send(self, segment: Segment, now: int) -> Step:
@@ -152,7 +157,11 @@ def _read(found: nfct_msg) -> Entry:
     )
 
 
-def _inside(namespace: Namespace, make: Callable[[], socket.socket]) -> socket.socket:
+def _open_sysctl(name: str) -> int:
+    return os.open(f"/proc/sys/net/netfilter/nf_conntrack_{name}", os.O_WRONLY)
+
+
+def _inside(namespace: Namespace, make: Callable[[], Made]) -> Made:
     handle = open_namespace(namespace.name)
     try:
         return in_namespace(handle, make)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.netns
 
 INITIAL = (3_000_000_000, 2_999_000_000)
 CONVERSATIONS = {name: text for name, text in conversations().items() if "\nwait " not in text}  # its clock is its own
-WALKS = 60  # per test
+WALKS = 50  # per test
 NOW = 1000  # ours stands still
 
 
