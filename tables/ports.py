@@ -53,8 +53,7 @@ def allocate(arrays: Any, low: int, high: int, avoid: int, random: bool) -> bool
     protocol, own = int(original["protocol"]), int(original["sport"])
     numbered = protocol in (_TCP, _UDP, _ICMP, _ICMPV6)
     reply["dport"] = own
-    # Port 0 says that no answer is wanted (RFC 768): the sender has none to be told apart by.
-    if not numbered or (own == 0 and protocol in (_TCP, _UDP)):
+    if not numbered:
         return bool(find(arrays, reply) == MISS)
     ranged = low > 0 and protocol in (_TCP, _UDP)
     if protocol != _UDP:

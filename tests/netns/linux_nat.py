@@ -8,6 +8,7 @@ frame goes a datagram that is not tracked; what arrives before that is what beca
 """
 
 import socket
+from functools import partial
 from types import TracebackType
 
 from scapy.layers.l2 import Ether
@@ -60,7 +61,7 @@ class Router:
         router.sysctl("net/ipv4/conf/left/accept_local", 1)  # a test plays the router's own packets
         router.run("nft", UNTRACKED + rules)
         router.sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", 1)  # segments here have no history
-        self._sockets = {side: inside(hosts, lambda side=side: _packet_socket(side)) for side in MACS}
+        self._sockets = {side: inside(hosts, partial(_packet_socket, side)) for side in MACS}
 
     def __enter__(self) -> "Router":
         return self

@@ -5,6 +5,7 @@ has one right answer. What is chosen is compared by itself: kept ports exactly, 
 """
 
 from itertools import product
+from typing import Any
 
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP, IPOption_NOP
@@ -172,6 +173,7 @@ KEEPING = """
   other    10.244.1.11          198.51.100.7         none
   other    10.244.1.11          198.51.100.8         0
   udp      10.244.1.10:0        198.51.100.7:53      0
+  udp      10.244.1.11:0        198.51.100.7:53      1-511
   udp      192.0.2.11:4000      198.51.100.7:53      1024-65535
   udp      192.0.2.11:4000      198.51.100.11:53     4000
 """
@@ -179,6 +181,7 @@ RANDOM = """
   udp      10.244.1.10:4000     198.51.100.7:53      1024-65535
   udp      10.244.1.10:4000     198.51.100.8:53      1024-65535
   tcp      10.244.1.10:80       198.51.100.7:53      1-511
+  udp      10.244.1.10:0        198.51.100.7:53      1-511
   tcp      10.244.1.10:700      198.51.100.7:53      600-1023
   icmp     10.244.1.10:7        198.51.100.7         0-65535
 """
@@ -191,7 +194,7 @@ RANGE = """
   udp      10.244.1.13:50001    198.51.100.9:53      50001
   udp      10.244.1.10:4000     198.51.100.12:53     same
 """
-HOW = {
+HOW: dict[str, tuple[str, str, dict[str, Any]]] = {
     "keeping": (KEEPING, "masquerade", {}),
     "random": (RANDOM, "masquerade fully-random", {"random": True}),
     "range": (RANGE, "udp sport 1-65535 masquerade to :50000-50002", {"low": 50000, "high": 50002}),
@@ -235,7 +238,8 @@ def is_expected(text: str, port: int | None, last: dict[tuple[int, str], int], o
 @pytest.mark.parametrize("how", HOW)
 def test_ports_are_chosen_as_by_the_kernel(network, how):
     table, rule, arguments = HOW[how]
-    ours, last = Ours(), {}
+    ours = Ours()
+    last: dict[tuple[int, str], int] = {}
     with one_processor(), Router(network, f"choice-{how}", MASQUERADE.format(rule)) as router:
         for line in table.splitlines():
             if not line.strip() or line.startswith("#"):
