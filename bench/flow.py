@@ -245,7 +245,6 @@ def changes(name: str, table: FlowTable, copy: FlowTable, both: Array) -> Iterat
             operations=CHURN,
             ours=partial(ours.turn, what),
             references={other: partial(churn.turn, what) for other, churn in others.items()},
-            marks={"C": 1.5},
             self_timed=True,
         )
     table.flows["expires_ns"][: len(table)] = copy.flows["expires_ns"][: len(copy)] = LATER

@@ -5,12 +5,11 @@ tuple as packets carry it when they come in. What a packet of one direction beco
 inverted, so the stored rewrite needs no room of its own. ``tuples`` and ``flows`` are two views of the same memory:
 ``tuples[2 * row + direction]`` is a half, ``flows[row]`` is what both directions share.
 
-The index is open addressing with linear probing. A slot is one word: a *tag*, the low 32 bits of the keyed hash, whose
-low bits are the home slot, and an *entry*, which half it leads to. A lookup compares tags and touches one record, the
-right one but for one time in hundreds of millions. A delete shifts the entries behind it back, so there are no
-tombstones; the homes it needs for that are in the tags. At most 3/8 of the slots are in use (two entries per flow, and
-one more for a source whose mapping may be used again), so an entry farther than ``MAX_PROBE`` from home is a matter of
-1e-18 even among 4 million flows; insert refuses to go there.
+The index (``tagged``) is open addressing with linear probing. A slot is one word: a *tag*, the low 32 bits of the keyed
+hash, whose low bits are the home slot, and which half it leads to. A lookup compares tags and touches one record, a
+wrong one once in 8000 lookups among 262144 flows. A delete shifts the entries behind it back, and finds their homes in
+the tags. A flow has two entries, and one more if it keeps the mapping of its source for others; at most half of the
+slots are in use then, and an entry farther than ``MAX_PROBE`` from its home is refused.
 
 A lookup in a big table waits for memory twice, for a slot and for a record. Over a burst it is made in three passes:
 ``hash_tuple`` and ``prefetch_slot`` for each packet, ``candidate`` for each, then ``matches`` for each, so the waits of
