@@ -412,6 +412,19 @@ def test_one_endpoint_more_is_one_edit_and_no_route_is_touched():
     assert describe(edit) == "endpoint 10.244.2.10:8080 of default/web added at 10.96.0.20:80/TCP"
 
 
+@given(served_states(), served_states())
+@settings(max_examples=30)
+def test_every_edit_can_be_told(old: DesiredState, new: DesiredState):
+    assert all(describe(edit) for edit in plan(old, new))
+
+
+def test_a_weight_is_told():
+    old, new = (state(services=(web(endpoint("10.244.1.10", weight=weight)),)) for weight in (1, 0))
+    (edit,) = plan(old, new)
+    assert isinstance(edit, ChangeDestination)
+    assert describe(edit) == "endpoint 10.244.1.10:8080 of default/web has weight 0 at 10.96.0.20:80/TCP"
+
+
 def test_virtual_servers_come_after_their_routes_and_go_before_them():
     desired = state(services=(web(endpoint("10.244.1.10")),))
     come, go = plan(state(), desired), plan(desired, state())

@@ -235,10 +235,8 @@ def describe(edit: Edit) -> str:
         case AddServer(server) | RemoveServer(server) | ChangeServer(_, server):
             return f"service {server.service} {_VERBS[type(edit)]} at {server.key}"
         case AddDestination(server, each) | RemoveDestination(server, each) | ChangeDestination(server, each):
-            weight = f", weight {each.weight}" if isinstance(edit, ChangeDestination) else ""
-            return (
-                f"endpoint {each.address}:{each.port} of {server.service} {_VERBS[type(edit)]} at {server.key}{weight}"
-            )
+            verb = _VERBS.get(type(edit), f"has weight {each.weight}")
+            return f"endpoint {each.address}:{each.port} of {server.service} {verb} at {server.key}"
     return "settings changed"
 
 
