@@ -1,10 +1,11 @@
 """``dataplane show``: what the running node says of itself, for people and in the formats of the tools they know."""
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -12,7 +13,7 @@ from dataplane.cli_base import Command, ask, fail_usage, output_option, print_js
 
 if TYPE_CHECKING:
     from dataplane.control.query import Query
-    from dataplane.control.snapshot import Kind, ListKind
+    from dataplane.control.snapshot import FlowRow, Kind, ListKind
 
 _PROTOCOL = ("-p", "--proto", "--protocol")
 _CONNTRACK_FILTERS = (  # as conntrack(8) has them
@@ -281,13 +282,20 @@ def _show_as_ipvsadm(form: str, wanted: "Query", path: Path | None) -> None:
 
 
 def _show_as_conntrack(extended: bool, wanted: "Query", path: Path | None) -> None:
+    from dataplane.control import client
     from dataplane.control import conntrack as form
 
-    answer = _listing("conntrack", wanted, path)
-    rows, rest = answer["conntrack"], answer["matched"] - len(answer["conntrack"])
-    _print(form.lines(rows, extended))
-    more = f" {rest} more pass: --limit 0 shows all." if rest else ""
-    click.echo(f"dataplane: {len(rows)} flow entries have been shown.{more}", err=True)
+    def draw(socket: Path) -> None:
+        rows, shown = client.Rows(socket, "conntrack", wanted), 0
+        for row in rows:
+            sys.stdout.write(form.line(cast("FlowRow", row), extended) + "\n")
+            shown += 1
+        sys.stdout.flush()
+        rest = rows.matched - shown
+        more = f" {rest} more pass: --limit 0 shows all." if rest else ""
+        click.echo(f"dataplane: {shown} flow entries have been shown.{more}", err=True)
+
+    ask(draw, path)
 
 
 def _show_connections(wanted: "Query", path: Path | None) -> None:

@@ -217,6 +217,25 @@ def test_a_listing_that_fails_in_the_middle_ends_the_connection(path, caplog):
     assert "listing failed path=/v1/nat" in caplog.text
 
 
+def test_an_answer_that_lacks_its_end_is_an_error(path):
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"nat": [\n{"a": 1}\n')
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(client.ControlError, match="the answer broke off"):
+            client.listing(path, "nat", Query())
+        thread.join()
+
+
 def test_flows_are_deleted_by_filter(path):
     node = FakeNode()
     with serving(node, path):

@@ -176,20 +176,20 @@ src=203.0.113.9 dst=10.244.1.11 srckey=0x0 dstkey=0x0 mark=0 use=1
 
 def test_flows_are_printed_as_conntrack_does():
     rows: list[Any] = flows()
-    assert conntrack.lines(rows) == CONNTRACK
+    assert [conntrack.line(row) for row in rows] == CONNTRACK.splitlines()
 
 
 def test_extended_lines_have_the_family_and_the_counters():
     rows: list[Any] = flows()
-    assert conntrack.lines(rows[1:2], extended=True) == (
+    assert conntrack.line(rows[1], extended=True) == (
         "ipv4     2 udp      17 29 src=10.244.1.11 dst=203.0.113.9 sport=5353 dport=53 packets=1 bytes=60 [UNREPLIED] "
-        "src=203.0.113.9 dst=10.244.1.11 sport=53 dport=5353 packets=0 bytes=0 mark=0 use=1\n"
+        "src=203.0.113.9 dst=10.244.1.11 sport=53 dport=5353 packets=0 bytes=0 mark=0 use=1"
     )
 
 
 def test_a_protocol_that_conntrack_has_no_name_for_is_unknown():
     row: Any = flows()[3] | {"protocol": "89", "protocol_number": 89}
-    assert conntrack.lines([row]).startswith("unknown  89 600 src=10.244.1.11 dst=203.0.113.9 [UNREPLIED] src=")
+    assert conntrack.line(row).startswith("unknown  89 600 src=10.244.1.11 dst=203.0.113.9 [UNREPLIED] src=")
 
 
 # conntrack(8) in a namespace and we, for the same flows, must both match, and give the same parts.
@@ -232,7 +232,7 @@ def test_our_lines_have_the_form_of_the_kernels(words, which, extended):
 
         run("-I", *words.split())
         theirs = run("-L", *(("-o", "extended") if extended else ()))
-    parts = [LINE.fullmatch(text.rstrip("\n")) for text in (theirs, conntrack.lines([ours], extended))]
+    parts = [LINE.fullmatch(text.rstrip("\n")) for text in (theirs, conntrack.line(ours, extended))]
     assert all(parts), theirs
     known = [part.groupdict() for part in parts if part]
     for words_of in known:

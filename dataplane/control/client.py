@@ -9,7 +9,8 @@ import http.client
 import json
 import socket
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -82,13 +83,39 @@ def get(path: Path, kind: str) -> dict[str, Any]:
     return _request(path, "GET", f"/v1/{kind}")
 
 
-def listing(path: Path, kind: ListKind, query: Query) -> dict[str, Any]:
-    """Return ``{kind: rows, "matched": number}``: the rows that pass the query, and how many would without a limit.
+class Rows:
+    """The rows of a listing as they arrive: a million of them need no room here.
 
-    Raises:
+    Attributes:
+        matched: How many would pass without a limit; known after the last row.
+
+    Raises, while they are read:
         RefusedError: The node does not know a filter.
+        ControlError: The answer broke off.
     """
-    return _request(path, "GET", f"/v1/{kind}?{urlencode(query.words())}")
+
+    def __init__(self, path: Path, kind: ListKind, query: Query) -> None:
+        self._path = path
+        self._target = f"/v1/{kind}?{urlencode(query.words())}"
+        self.matched = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with _answered(self._path, "GET", self._target) as response:
+            if response.status != http.client.OK:
+                _answer(response.status, response.read())
+            response.readline()  # the opening bracket; each row has a line of its own, and so has what follows them
+            for line in response:
+                if line.startswith(b"]"):
+                    self.matched = int(_json(b"{" + line.lstrip(b"], "))["matched"])
+                    return
+                yield _json(line.strip().rstrip(b","))
+        raise ControlError(f"{self._path}: the answer broke off")
+
+
+def listing(path: Path, kind: ListKind, query: Query) -> dict[str, Any]:
+    """Return ``{kind: rows, "matched": number}``: the rows that pass the query, and how many would without a limit."""
+    rows = Rows(path, kind, query)
+    return {kind: list(rows), "matched": rows.matched}
 
 
 def delete_flows(path: Path, query: Query, everything: bool = False) -> int:
@@ -171,30 +198,51 @@ def find_socket(folder: Path = RUN) -> Path:
 
 
 def _request(path: Path, method: str, target: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    with _answered(path, method, target, body) as response:
+        return _answer(response.status, response.read())
+
+
+@contextmanager
+def _answered(
+    path: Path, method: str, target: str, body: Mapping[str, Any] | None = None
+) -> Iterator[http.client.HTTPResponse]:
     connection = _Connection(path)
     try:
-        connection.request(method, target, None if body is None else json.dumps(body).encode())
-        response = connection.getresponse()
-        return _answer(response.status, response.read())
+        _send(connection, method, target, body)
+        yield connection.getresponse()
     except (FileNotFoundError, ConnectionRefusedError):
         raise NotRunningError(f"no node is running: nobody listens on {path}") from None
     except PermissionError:
         raise NoPermissionError(f"{path}: no permission to write to the socket (mode 0660); run as its owner") from None
     except TimeoutError:
         raise ControlError(f"{path}: no answer within {TIMEOUT_S:.0f} s") from None
+    except BrokenPipeError:
+        raise  # whoever reads what we print has gone
     except (OSError, http.client.HTTPException) as error:
         raise ControlError(f"{path}: {str(error) or type(error).__name__}") from None
     finally:
         connection.close()
 
 
-def _answer(code: int, body: bytes) -> dict[str, Any]:
+def _send(connection: _Connection, method: str, target: str, body: Mapping[str, Any] | None) -> None:
     try:
-        content = json.loads(body)
+        connection.request(method, target, None if body is None else json.dumps(body).encode())
+    except BrokenPipeError as error:
+        raise ControlError(f"the node hung up: {error}") from None
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise ControlError(f"the answer is not a JSON object (HTTP status {code})")
+        raise ControlError("the answer is not a JSON object")
+    return content
+
+
+def _answer(code: int, body: bytes) -> dict[str, Any]:
+    content = _json(body)
     if code == http.client.OK:
         return content
     errors = {http.client.NOT_FOUND: NotFoundError, http.client.UNPROCESSABLE_ENTITY: RefusedError}

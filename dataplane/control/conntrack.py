@@ -1,7 +1,5 @@
 """Flows as ``conntrack`` (conntrack-tools 1.4) prints them."""
 
-from collections.abc import Iterable
-
 from dataplane.control.snapshot import ConntrackStats, FlowRow, Half
 
 STATS = (
@@ -12,22 +10,13 @@ _NUMBERED = ("icmp", "icmpv6", "tcp", "udp", "sctp", "gre")
 _FAMILY = {"ipv4": 2, "ipv6": 10}  # AF_INET, AF_INET6
 
 
-def lines(flows: Iterable[FlowRow], extended: bool = False) -> str:
-    """Return what ``conntrack -L`` prints.
+def line(flow: FlowRow, extended: bool = False) -> str:
+    """Return what ``conntrack -L`` prints for a flow.
 
     Args:
-        flows: The flows.
+        flow: The flow.
         extended: As ``-o extended`` on a kernel that counts (``nf_conntrack_acct``): with the family and the counters.
     """
-    return "".join(f"{_line(flow, extended)}\n" for flow in flows)
-
-
-def stats(snapshot: ConntrackStats) -> str:
-    """Return what ``conntrack -S`` prints; packets are worked on by one thread, so there is one line."""
-    return "cpu=0   \t" + "".join(f"{name}={snapshot[name]} " for name in STATS) + "\n"  # type: ignore[literal-required]
-
-
-def _line(flow: FlowRow, extended: bool) -> str:
     name = flow["protocol"] if flow["protocol"] in _NUMBERED else "unknown"
     words = [f"{flow['family']:<8} {_FAMILY[flow['family']]}"] if extended else []
     words += [f"{name:<8} {flow['protocol_number']} {flow['timeout_s']}"]
@@ -41,6 +30,11 @@ def _line(flow: FlowRow, extended: bool) -> str:
     if "ASSURED" in flow["status"]:
         words.append("[ASSURED]")
     return " ".join([*words, f"mark={flow['mark']}", "use=1"])
+
+
+def stats(snapshot: ConntrackStats) -> str:
+    """Return what ``conntrack -S`` prints; packets are worked on by one thread, so there is one line."""
+    return "cpu=0   \t" + "".join(f"{name}={snapshot[name]} " for name in STATS) + "\n"  # type: ignore[literal-required]
 
 
 def _half(half: Half, ports: str, counters: bool) -> str:
