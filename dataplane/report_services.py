@@ -108,14 +108,15 @@ class ServiceReport:
         }
 
     def _totals(self) -> tuple[list[ServiceTotals], int]:
-        """Sum up the addresses of each port; return the oldest ports, and how many others there are."""
+        """Sum up the addresses of each port; return the oldest ports, and how many addresses of others there are."""
+        oldest = set(islice(dict.fromkeys(name[:2] for name in self._names.values()), TOTALS))
+        rows = [row for row, name in self._names.items() if name[:2] in oldest]
         ports: dict[tuple[str, str, str], list[int]] = {}
-        scopes = self._table.services["scope"]
-        for row, (name, port_name, _, _) in self._names.items():
-            ports.setdefault((name, port_name, _PROTOCOLS[int(scopes[row]) >> 16]), []).append(row)
+        for row in rows:
+            protocol = _PROTOCOLS[int(self._table.services[row]["scope"]) >> 16]
+            ports.setdefault((*self._names[row][:2], protocol), []).append(row)
         sums = _Sums(self._table)
-        totals = [self._total(key, rows, sums) for key, rows in islice(ports.items(), TOTALS)]
-        return totals, len(ports) - len(totals)
+        return [self._total(port, members, sums) for port, members in ports.items()], len(self._names) - len(rows)
 
     def _total(self, key: tuple[str, str, str], rows: list[int], sums: "_Sums") -> ServiceTotals:
         records = self._table.services[rows]
@@ -174,7 +175,9 @@ class ServiceReport:
         return {address: state.node.name for pod in state.pods for address in pod.addresses} if state else {}
 
     def _services(self, query: Query) -> Iterator[list[ServiceRow]]:
-        known, sums = self._known(), _Sums(self._table)
+        known = self._known()
+        yield []
+        sums = _Sums(self._table)
         yield []
         for rows in self._rows(query):
             yield [self._service(row, known, sums) for row in rows]
@@ -311,15 +314,16 @@ class ServiceReport:
 
 
 class _Sums:
-    """Sums over the backends of each service, made in one go: 1 ms for 100,000 of them."""
+    """Sums over the backends of each service, made in one go: 2 ms for 100,000 of them."""
 
     def __init__(self, table: ServiceTable) -> None:
-        listed = table.backends[(table.backends["flags"] & AVAILABLE) != 0]
-        rows, size = listed["service"], len(table.services)
+        backends, size = table.backends, len(table.services)
+        listed = (backends["flags"] & AVAILABLE) != 0
+        rows = backends["service"][listed]
         self._of: dict[str, Array] = {
-            "ready": np.bincount(rows, listed["weight"] > 0, size),
-            "active": np.bincount(rows, listed["active"], size),
-            "inactive": np.bincount(rows, listed["inactive"], size),
+            "ready": np.bincount(rows, backends["weight"][listed] > 0, size),
+            "active": np.bincount(rows, backends["active"][listed], size),
+            "inactive": np.bincount(rows, backends["inactive"][listed], size),
         }
 
     def get(self, column: str, row: int) -> int:

@@ -207,4 +207,4 @@ def _services(snapshot: Balancing) -> Iterator[Metric]:
         for state in ("active", "inactive"):
             family.add_metric((*key, state), row[state])
     yield family
-    yield _gauge("dataplane_service_left_off", "Ports of services without metrics of their own.", snapshot["left_off"])
+    yield _gauge("dataplane_service_left_off", "Virtual services without metrics of their own.", snapshot["left_off"])

@@ -333,7 +333,7 @@ class Balancing(TypedDict):
 
     ``no_local_endpoints`` counts services by traffic policy (internal, external) that are Local and have no backend on
     this node; ``last_sync`` is when the tables were last brought up to date, seconds since the epoch. ``totals`` are of
-    the oldest services only, ``left_off`` is how many ports of services have none.
+    the oldest services only, ``left_off`` is how many virtual services are not in them.
     """
 
     services: int
