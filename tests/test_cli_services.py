@@ -58,9 +58,9 @@ def test_services_show_who_answers_where(path):
     assert (
         dataplane("show", "services", "--socket", path).stdout
         == """\
-SERVICE              TYPE       ADDRESS        PROTO  SCHEDULER  READY  ACTIVE  CONNS
-default/web:http     ClusterIP  10.96.0.20:80  TCP    rr           2/2       1     12
-kube-system/dns:dns  ClusterIP  10.96.0.10:53  UDP    rr           0/1       1     12
+SERVICE              TYPE       ADDRESS            SCHED  READY  ACTIVE  CONNS
+default/web:http     ClusterIP  10.96.0.20:80/TCP  rr       2/2       1     12
+kube-system/dns:dns  ClusterIP  10.96.0.10:53/UDP  rr       0/1       1     12
 """
     )
 

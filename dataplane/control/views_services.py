@@ -23,13 +23,12 @@ _DAY, _HOUR, _MINUTE = 86400, 3600, 60
 def services(rows: Sequence[ServiceRow]) -> View:
     """One row per address and port; a Kubernetes service has several."""
     return View(
-        ("service", "type", "address", "proto", "scheduler", ">ready", ">active", ">conns"),
+        ("service", "type", "address", "sched", ">ready", ">active", ">conns"),
         as_rows(
             (
                 _service(row),
                 _type(row),
-                _endpoint(row["address"], row["port"]),
-                row["protocol"],
+                f"{_endpoint(row['address'], row['port'])}/{row['protocol']}",
                 row["scheduler"],
                 f"{row['ready']}/{row['total']}",
                 row["active"],
@@ -62,10 +61,10 @@ def services_wide(rows: Sequence[ServiceRow]) -> View:
 def endpoints(rows: Sequence[EndpointRow]) -> View:
     """One row per backend of each virtual service, in the order of its scheduler's list."""
     return View(
-        ("service", "virtual", "endpoint", ">weight", ">active", ">inactive", "state", "node"),
+        ("service", "virtual", "endpoint", ">weight", ">active", ">inact", "state", "node"),
         as_rows(
             (
-                _service(row),
+                row["service"] or "-",
                 f"{_endpoint(row['virtual_address'], row['virtual_port'])}/{row['protocol']}",
                 _endpoint(row["address"], row["port"]),
                 row["weight"],
@@ -157,7 +156,7 @@ def nat_wide(rows: Sequence[Translation]) -> View:
 def persistence(rows: Sequence[TemplateRow]) -> View:
     """One row per client that stays with a backend."""
     return View(
-        ("client", "service", "virtual", "backend", ">left", ">connections"),
+        ("client", "service", "virtual", "backend", ">left", ">conns"),
         as_rows(
             (
                 row["client"],
