@@ -16,7 +16,7 @@ from dataplane.apply import HOST, UNDERLAY, Wiring
 from dataplane.batch import TUNNEL_INTERFACE
 from dataplane.control import claims, reconcile
 from dataplane.control.api import Listing
-from dataplane.control.edits import NeedsRestart, describe
+from dataplane.control.edits import AddDestination, ChangeDestination, NeedsRestart, RemoveDestination, describe
 from dataplane.control.health import HealthServer
 from dataplane.control.overlay import Overlay
 from dataplane.control.query import Query
@@ -56,6 +56,7 @@ class Node:
         self._journal = log_book
         self.underlay: Underlay | None = None
         self.host = Host(self.engine, settings.state)
+        self._ours = claims.of(settings.state)
         self._overlay = Overlay()
         self._health = HealthServer()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -67,11 +68,10 @@ class Node:
         """Bring the node to its desired state; packets flow when this returns."""
         state = self.settings.state
         self._configure(state)
-        ours = claims.of(state)
-        await self.host.open(state, ours)  # first: on an uplink of our own the tunnel's address is there
+        await self.host.open(state, self._ours)  # first: on an uplink of our own the tunnel's address is there
         self.wiring.interfaces.update(self.host.names)
         if state.uplink is not None:
-            self.underlay = Underlay(self.engine, state, ours)
+            self.underlay = Underlay(self.engine, state, self._ours)
             state = replace(state, on_link=self.underlay.on_link)
             self.wiring.interfaces.update(self.underlay.names)
         await self.wiring.apply(reconcile.plan(None, state), state)
@@ -117,7 +117,7 @@ class Node:
             state = self.wiring.state
             assert state is not None
             try:
-                await self.host.restore(state, claims.of(state))
+                await self.host.restore(state, self._ours)
             except (NetlinkError, DeviceError) as error:
                 log.warning("the host's link cannot be restored: %s", error)
             else:
@@ -175,10 +175,12 @@ class Node:
         except (NamespaceError, DeviceError, TableFullError) as error:
             return _refused(str(error))
         self.settings, self._overlay = replace(self.settings, state=given), overlay
-        ours = await asyncio.to_thread(claims.of, state)
+        # An endpoint that comes or goes is the most frequent edit, and changes nothing that the kernel is told.
+        if not all(isinstance(edit, AddDestination | RemoveDestination | ChangeDestination) for edit in edits):
+            self._ours = await asyncio.to_thread(claims.of, state)
+            await self.host.follow(state, self._ours)
         if self.underlay is not None:
-            self.underlay.follow(state, ours)
-        await self.host.follow(state, ours)
+            self.underlay.follow(state, self._ours)
         await self._health.update(state)
         return {"applied": [describe(edit) for edit in edits], "errors": []}
 
