@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from threading import Thread
 
 from dataplane.jit import cache_home
 
@@ -104,6 +105,8 @@ class Network:
         assert process.stdout is not None
         for line in process.stdout:
             if ready in line:
+                # What else it says is read too, or it would wait for that at the end.
+                Thread(target=process.stdout.read, daemon=True).start()
                 return process
         raise RuntimeError(f"{' '.join(command)} ended before it was ready")
 
