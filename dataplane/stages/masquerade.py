@@ -109,7 +109,9 @@ def apply(packet: Any, tables: Any, how: int, kind: int) -> int:
         return Reason.NAT_MASQ_NO_ADDR
     reply["dst_hi"] = np.uint64(0)
     reply["dst_lo"] = source
-    low, high = int(np.int64(settings[MASQUERADE_LOW])), int(np.int64(settings[MASQUERADE_HIGH]))
+    low = high = 0
+    if kind == Kind.VIA:  # only there a reply could also be meant for the host, or the range be what a firewall expects
+        low, high = int(np.int64(settings[MASQUERADE_LOW])), int(np.int64(settings[MASQUERADE_HIGH]))
     if ports.allocate(flows, low, high, int(np.int64(settings[TUNNEL_PORT])), how == RANDOM):
         return Reason.ACCEPTED
     return Reason.NAT_NO_PORT
