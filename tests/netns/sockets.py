@@ -4,6 +4,7 @@ A socket belongs to the namespace that its thread was in when it was made, so a 
 a question costs a millisecond, and a test can hold a socket while it changes the network under it.
 """
 
+import errno
 import os
 import socket
 import struct
@@ -101,8 +102,17 @@ def ask_tcp(
     """Connect, have the body returned, and let the server close first."""
     with tcp_socket(namespace, source) as client:
         client.settimeout(timeout)
-        client.connect((address, port))
+        _connect(client, (address, port))
         return post(client, body, close=True)
+
+
+def _connect(client: socket.socket, target: Endpoint) -> None:
+    """Connect, if need be after the last segment of an earlier connection from the same port has come."""
+    deadline = time.monotonic() + PATIENCE
+    while error := client.connect_ex(target):
+        if error != errno.EADDRNOTAVAIL or time.monotonic() > deadline:
+            raise TimeoutError if error == errno.EAGAIN else OSError(error, os.strerror(error))
+        time.sleep(0.001)
 
 
 def post(client: socket.socket, body: bytes = b"x", *, close: bool = False) -> Answer:

@@ -9,6 +9,7 @@ A socket is kept open and asked again after each change; no question is repeated
 import socket
 import time
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 from scapy.layers.inet import IP, TCP
@@ -31,6 +32,7 @@ from tests.netns.services import (
 )
 from tests.netns.sockets import (
     ABORT,
+    SILENCE,
     ask_tcp,
     ask_udp,
     connected,
@@ -176,6 +178,20 @@ def test_a_drained_endpoint_goes_with_its_last_connection(cluster, client, spot)
         eventually(lambda: endpoints(cluster, spot.vip) == {f"{S2}:{HTTP}": "ready"}, timeout=20)
 
 
+def test_the_connections_of_an_endpoint_that_is_gone_end_with_the_drain_timeout(cluster, client, spot):
+    with (
+        cluster.use(service("web", spot.vip, [port(80)], [S1], drainTimeout="1s")),
+        connected(client, spot.vip, 80) as open_one,
+    ):
+        assert post(open_one).name == "s1"
+        cluster.set(service("web", spot.vip, [port(80)], [S2], drainTimeout="1s"))
+        assert post(open_one).name == "s1"
+        eventually(lambda: endpoints(cluster, spot.vip) == {f"{S2}:{HTTP}": "ready"})
+        open_one.settimeout(SILENCE)
+        with pytest.raises((ConnectionResetError, TimeoutError)):
+            post(open_one)
+
+
 def endpoints(cluster: Cluster, vip: str) -> dict[str, str]:
     found = [each for each in cluster.rows("endpoints") if each["virtual_address"] == vip]
     return {f"{each['address']}:{each['port']}": each["state"] for each in found}
@@ -206,23 +222,32 @@ def test_a_reused_client_port_leaves_a_drained_endpoint_at_once(cluster, client,
 
 @e2e("should have session affinity timeout work for service with type clusterIP")
 @e2e("should have session affinity timeout work for NodePort service")
-@pytest.mark.parametrize("protocol", ["tcp", "udp"])
-@pytest.mark.parametrize("what", ["vip", "node port"])
-def test_affinity_ends_with_its_timeout(cluster, client, spot, protocol, what):
-    where, target = (client, (spot.vip, 80)) if what == "vip" else (cluster.ext, (NODE, spot.node_port))
-    keys = {"sessionAffinity": "ClientIP", "sessionAffinityTimeout": "2s"}
-    with cluster.use(service("web", spot.vip, both(80, spot.node_port), [S1, S2, S3], **keys)):
-        first = names(where, protocol, target, 5)
-        assert len(set(first)) == 1
-        assert templates(cluster, target[0]) != []
-        if protocol == "tcp":  # a connection in TIME_WAIT keeps its client's affinity for 2 minutes, as ip_vs has it
-            cluster.forget(target[0])
-        eventually(lambda: templates(cluster, target[0]) == [], timeout=10)
-        assert names(where, protocol, target, 1) != first[:1]  # rr goes on to the next
+def test_affinity_ends_with_its_timeout(cluster, client):
+    """Each kind of address and protocol at once, since it takes its time."""
+    keys = {"sessionAffinity": "ClientIP", "sessionAffinityTimeout": "3s"}
+    cases: list[tuple[Namespace, str, tuple[str, int], list[str]]] = []
+    with ExitStack() as stack:
+        for protocol in ("tcp", "udp"):
+            for where in (client, cluster.ext):
+                spot = cluster.spot()
+                ports = both(80, spot.node_port)
+                stack.enter_context(cluster.use(service(f"web{len(cases)}", spot.vip, ports, [S1, S2, S3], **keys)))
+                target = (spot.vip, 80) if where is client else (NODE, spot.node_port)
+                cases.append((where, protocol, target, names(where, protocol, target, 5)))
+        assert [len(set(first)) for *_, first in cases] == [1, 1, 1, 1]
+        assert len(templates(cluster)) == 4
+        for _, protocol, (address, _), _ in cases:
+            if (
+                protocol == "tcp"
+            ):  # a connection in TIME_WAIT keeps its client's affinity for 2 minutes, as ip_vs has it
+                cluster.forget(address)
+        eventually(lambda: templates(cluster) == [], timeout=10)
+        for where, protocol, target, first in cases:
+            assert names(where, protocol, target, 1) != first[:1]  # rr goes on to the next
 
 
-def templates(cluster: Cluster, address: str) -> list[str]:
-    return [each["backend"] for each in cluster.rows("persistence") if each["virtual_address"] == address]
+def templates(cluster: Cluster) -> list[str]:
+    return [each["backend"] for each in cluster.rows("persistence") if each["service"].startswith("default/web")]
 
 
 # --- packets that belong to nothing ----------------------------------------------------------------------------------

@@ -16,7 +16,20 @@ import pytest
 
 from tests.netns.harness import Network
 from tests.netns.ours import assert_balanced, drops
-from tests.netns.services import EXT, Cluster, Spot, both, e2e, make_cluster, port, service, terminating
+from tests.netns.services import (
+    EXT,
+    HTTP,
+    UDP_PORT,
+    Cluster,
+    Spot,
+    both,
+    e2e,
+    make_cluster,
+    port,
+    serve,
+    service,
+    terminating,
+)
 from tests.netns.sockets import ASK, ask_tcp, exchange, is_silent, names, udp_socket
 
 pytestmark = pytest.mark.netns
@@ -224,6 +237,33 @@ def test_the_external_policy_cluster_falls_back_to_terminating_endpoints_anywher
     endpoints = [terminating(A1), terminating(B1)]
     with cluster.use(service("web", spot.vip, [port(80, node=spot.node_port)], endpoints)):
         assert set(names(cluster.ext, "tcp", (NODE3, spot.node_port), 4)) == {"a1", "b1"}
+
+
+# --- servers on a node's own address ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hosts(cluster: Cluster) -> dict[str, str]:
+    """Servers of pods with hostNetwork, on the first two nodes, by name."""
+    for number, address in (("1", NODE1), ("2", NODE2)):
+        serve(cluster.where(f"node{number}"), f"h{number}", f"{address}:tcp:{HTTP}", f"{address}:udp:{UDP_PORT}")
+    return {"h1": NODE1, "h2": NODE2}
+
+
+@e2e("should respect internalTrafficPolicy=Local Pod and Node, to Pod (hostNetwork: true)")
+@pytest.mark.parametrize("protocol", EVERY)
+def test_the_internal_policy_local_knows_servers_on_the_nodes_address(cluster, spot, hosts, protocol):
+    with cluster.use(service("web", spot.vip, both(80), [*hosts.values()], internalTrafficPolicy="Local")):
+        for client, name in (("a0", "h1"), ("b0", "h2"), ("node1", "h1")):
+            assert set(names(cluster.where(client), protocol, (spot.vip, 80), 2)) == {name}
+
+
+@pytest.mark.parametrize("protocol", EVERY)
+@pytest.mark.parametrize("client", ["a0", "c0", "node1", "node3", "ext"])
+def test_servers_on_a_nodes_own_address_are_reached_from_everywhere(cluster, spot, hosts, client, protocol):
+    with cluster.use(service("web", spot.vip, both(80, spot.node_port), [*hosts.values()])):
+        for target in ((spot.vip, 80), (NODE1, spot.node_port), (NODE3, spot.node_port)):
+            assert set(names(cluster.where(client), protocol, target, 4)) == {"h1", "h2"}, target
 
 
 # --- health checks ---------------------------------------------------------------------------------------------------
