@@ -20,6 +20,7 @@ from dataplane.config_services_checks import Surroundings, check_endpoint, check
 from dataplane.control import state as desired
 from dataplane.control.api import MissingError
 from dataplane.control.overlay import Overlay
+from dataplane.control.services import ServerKey
 from dataplane.control.state import DesiredState
 
 _SERVICE: KeyPath = ("services", "static", 0)
@@ -65,6 +66,14 @@ def drain_endpoint(name: str, values: Mapping[str, Any], overlay: Overlay, state
 def delete_endpoint(name: str, values: Mapping[str, Any], overlay: Overlay, state: DesiredState) -> Overlay:
     """Delete an endpoint; ``values`` has the key ``ip``."""
     return overlay.without_endpoint(name, _held(name, values, state).address)
+
+
+def check_overlay(overlay: Overlay, state: DesiredState) -> None:
+    """Find out whether what the API has set still fits beside a file that was read again; ``state`` is the file's."""
+    held: dict[ServerKey, str] = {}
+    services = overlay.over(state.services)
+    found = (claim(service, (service.id,), state.node.addresses, held) for service in services)
+    _refuse((problem for problems in found for problem in problems), ())
 
 
 # --- what is given, and what there is ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dataplane import config, settle
@@ -151,11 +152,10 @@ class Node:
         """Read the configuration again: apply all of it, or nothing. What the API has changed stays."""
         async with self._changing:
             try:
-                fresh = await asyncio.to_thread(config.load, self.settings.path)
+                fresh, overlay = await asyncio.to_thread(_loaded, self.settings.path, self._overlay)
             except config.ConfigError as error:
                 return _refused(*error.errors)
             keys = reconcile.process_keys(self.settings, fresh)
-            overlay = self._overlay.without_strays(fresh.state.services)
             result = await self._become(fresh.state, overlay, (NeedsRestart(keys),) if keys else ())
             if not result["errors"]:
                 log.info("configuration reloaded changes=%d", len(result["applied"]))
@@ -247,6 +247,17 @@ class Node:
 
 def _refused(*errors: str) -> Reload:
     return {"applied": [], "errors": list(errors)}
+
+
+def _loaded(path: Path | None, overlay: Overlay) -> tuple[Settings, Overlay]:
+    """Read the file, and keep of the API's changes what still has something to change."""
+    fresh = config.load(path)
+    kept = overlay.without_strays(fresh.state.services)
+    if kept.services:
+        from dataplane import config_edit
+
+        config_edit.check_overlay(kept, fresh.state)
+    return fresh, kept
 
 
 def _edited(name: str, values: tuple[Any, ...], overlay: Overlay, state: DesiredState) -> Overlay:

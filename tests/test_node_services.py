@@ -136,6 +136,19 @@ def test_a_reload_with_an_error_leaves_everything(run):
     run(body)
 
 
+def test_a_file_that_takes_what_the_api_has_given_away_is_refused(run):
+    async def body(node: Node, path: Path) -> None:
+        await node.set_service(DB)
+        other = '[[services.static]]\nname = "x"\nclusterIPs = ["10.96.0.30"]\nports = [{ port = 5432 }]\n'
+        rewrite(path, FILE + other)
+        errors = (await node.reload())["errors"]
+        assert errors == ["prod/db.ports[0].port: used twice: 10.96.0.30:5432/TCP is also default/x.ports[0].port"]
+        await node.delete_service("prod", "db")
+        assert (await node.reload())["errors"] == []
+
+    run(body)
+
+
 def test_a_service_of_the_file_may_be_replaced_deleted_and_set_again(run):
     async def body(node: Node, _: Path) -> None:
         web = {
