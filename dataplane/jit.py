@@ -29,6 +29,8 @@ from numba.core import config as numba_config
 from numba.core import event as numba_event
 from numba.extending import lower_builtin, type_callable
 
+from dataplane import linking
+
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,7 +40,7 @@ MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _CACHES_KEPT = 3
 _PR_SET_PDEATHSIG = 1
 _KERNEL_FOLDERS = ("codecs", "tables", "stages", "devices")
-_KERNEL_FILES = ("jit.py", "verdict.py", "batch.py", "pipeline.py")
+_KERNEL_FILES = ("linking.py", "jit.py", "verdict.py", "batch.py", "pipeline.py")
 
 
 def kernel(function: Function) -> Function:
@@ -53,24 +55,26 @@ def kernel(function: Function) -> Function:
     """
     if INTERPRETED:
         return function
-    options = {"error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True, "forceinline": True}
-    compiled = numba.njit(cache=True, nogil=True, **options)(function)
-    _widen_calls(compiled)
+    options = {"error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True, "forceinline": True, "nogil": True}
+    compiled = numba.njit(cache=True, pipeline_class=linking.Entry, **options)(function)
+    _link_calls(compiled, numba.njit(pipeline_class=linking.Linked, **options)(function))
     return cast(Function, compiled)
 
 
-def _widen_calls(compiled: Any) -> None:
-    """Let calls between kernels pass every integer but uint64 as int64.
+def _link_calls(compiled: Any, linked: Any) -> None:
+    """Let kernels that call this one take its linked twin, and pass every integer but uint64 as int64.
 
     numba compiles a kernel again for each type that a caller happens to have at hand: the literal 0, a uint16 column,
     an int32. One version instead of up to ten takes a quarter of the first start's compilation away.
     """
-    resolve = compiled.get_call_template
+    linked._insert = lambda *arguments: None  # it is never called from Python, and has nothing that could be
+    resolve = linked.get_call_template
 
     def widened(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         return resolve(tuple(_widen(kind) for kind in arguments), keywords)
 
     compiled.get_call_template = widened
+    compiled.get_overload = linked.get_overload
 
 
 def _widen(kind: Any) -> Any:

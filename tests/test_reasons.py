@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from ipaddress import ip_address
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def _(world: World) -> None:
     pipeline.count_lost(world.tables.counters, 3)
 
 
-def service(*packets: object, backends: int = 1, **fields: object) -> Scenario:
+def service(*packets: object, backends: int = 1, **fields: Any) -> Scenario:
     """A service at the VIP's port 80, and packets from pod a."""
 
     def run(world: World) -> None:

@@ -84,8 +84,10 @@ def conntrack(batch: Any, count: int, tables: Any, now: int) -> None:
             table.prefetch_flow(flows, half)
     for i in range(count):
         packet = packets[i]
-        # Pieces of IPv6 datagrams have no ports; IPv4's are whole by now.
-        if packet["verdict"] != Verdict.ACCEPT or packet["flags"] & FRAGMENT:
+        if packet["verdict"] != Verdict.ACCEPT:
+            continue
+        if packet["flags"] & FRAGMENT:
+            packet["flow"] = -1  # a piece of an IPv6 datagram has no ports; IPv4's are whole by now
             continue
         why = _track(data, packet, tables, now)
         if why == Reason.ACCEPTED:
