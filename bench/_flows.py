@@ -141,6 +141,17 @@ def make_originals(count: int) -> Array:
     return originals
 
 
+def make_new(count: int) -> Array:
+    """Return ``(count,)`` of ``TUPLE``: UDP clients of services that have not been seen yet."""
+    number, fresh = np.arange(count), np.zeros(count, TUPLE)
+    random = np.random.default_rng(_SEED)
+    fresh["src_lo"] = _v4(_FIRST_POD, number // 512 % (node.PODS // 2) * 2)  # endpoints are odd: nobody asks itself
+    fresh["sport"] = 65_024 + number % 512  # above those of make_originals
+    fresh["dst_lo"] = _v4(int(node.service_address(0)), random.integers(0, node.SERVICES, count))
+    fresh["dport"], fresh["protocol"] = node.SERVICE_PORT, _UDP
+    return fresh
+
+
 class Rounds(NamedTuple):
     """Stored packets: frames and records of whole bursts, and where each has its TCP sequence number in its slot."""
 

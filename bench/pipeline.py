@@ -9,7 +9,7 @@ the caches because the other has just looked at it. A call from Python costs mor
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from dataplane.stages.nat import nat
 from dataplane.stages.parse import parse
 from dataplane.stages.route import route
 from dataplane.stages.vxlan import decapsulate, encapsulate
-from dataplane.tables import flow
+from dataplane.tables import flow, policy
 from dataplane.tables.backend import BACKEND
 from dataplane.tables.flow import FLOW, TUPLE, LbState, TcpState, Timeout
 from dataplane.tables.interface import INTERFACE, Role
@@ -160,18 +160,22 @@ def c_source() -> str:
     """Return the twin's source: tables, records and names as the Python sources have them, stages."""
     records = {"packet": PACKET, "interface": INTERFACE, "route": ROUTE, "neighbour": NEIGHBOUR, "vtep": VTEP}
     records |= {"half": TUPLE, "flow": FLOW, "service": SERVICE, "backend": BACKEND}
+    records |= {"policy": policy.POLICY, "range": policy.RANGE}
     numbers = {name: value for name, value in vars(b).items() if isinstance(value, int) and name.isupper()}
     numbers |= {reason.name: int(reason) for reason in Reason} | {verdict.name: int(verdict) for verdict in Verdict}
     enums = {"ROLE": Role, "KIND": Kind, "STATE": State, "TCP": TcpState, "LB": LbState, "TIMEOUT": Timeout}
+    enums |= {"COUNT": flow.Count, "POOL": policy.Pool, "EXPOSURE": policy.Exposure}
     for prefix, names in enums.items():
         numbers |= {f"{prefix}_{member.name}": int(member) for member in names}
     for name in ("SEEN_REPLY", "ASSURED", "SRC_NAT", "DST_NAT", "COUNTED", "ACTIVE", "MASQUERADED"):
         numbers[name] = getattr(flow, name)
-    numbers |= {"FIRST": FIRST, "KEPT": KEPT, "HOSTED": HOSTED, "SEGMENT": _flows.SEGMENT}
+    for name in ("LOCAL", "NO_LOCAL", "RESTRICTED"):
+        numbers[f"POLICY_{name}"] = getattr(policy, name)
+    numbers |= {"POOLS": policy.POOLS, "FIRST": FIRST, "KEPT": KEPT, "HOSTED": HOSTED, "SEGMENT": _flows.SEGMENT}
     defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
     structs = "".join(c_struct(name, dtype) for name, dtype in records.items())
     rows = _c_row("CONNTRACK_ROWS", vars(tcp)["_CONNTRACK_ROWS"]) + _c_row("LB_ROWS", vars(tcp)["_LB_ROWS"])
-    stages = "".join(read_c(name) for name in ("parse", "track", "route"))
+    stages = "".join(read_c(name) for name in ("parse", "track", "begin", "route"))
     return read_c("lpm") + read_c("rows") + structs + defines + rows + stages
 
 
@@ -187,9 +191,11 @@ class Twin:
         members += [nodes, prefixes, len(prefixes) - 1, lengths, key, routes]
         for slots, secret, rows in (tables.neighbours.arrays, tables.vteps.arrays):
             members += [slots, len(slots) - 1, secret, rows]
-        slots, secret, tuples, flows = tables.flows.arrays[:4]
+        slots, secret, tuples, flows, free, state, scratch = tables.flows.arrays
         members += [slots, len(slots) - 1, secret, tuples, flows]
-        members += [*tables.services.arrays[2:4], tables.timeouts]
+        members += [*tables.services.arrays[2:4], tables.timeouts, len(flows), free, state, scratch]
+        slots, secret = tables.services.arrays[:2]
+        members += [slots, len(slots) - 1, secret, tables.policies.policies, tables.policies.pools]
         words = [member if isinstance(member, int) else member.ctypes.data for member in members]
         self._tables = np.array(words, np.int64)
 
@@ -209,38 +215,31 @@ class Twin:
 class Setting:
     """What is measured: tables with flows, a batch, and packets as they come in."""
 
-    def __init__(self, count: int, bursts: int) -> None:
+    def __init__(self, count: int, bursts: int, spare: int = ROWS) -> None:
         self.flows = count
-        self.tables = _traffic.make_tables(count + ROWS)
+        self.tables = _traffic.make_tables(count + spare)
         self.batch = b.make_batch()
         self.arrays = self.tables.arrays
-        rows = _flows.open_flows(self.tables, self.batch, count, partial(self._run, 0, WHOLE))
+        rows = _flows.open_flows(self.tables, self.batch, count, partial(self.run, 0, WHOLE))
         self.halves = _flows.choose_halves(rows, bursts)
         self.twin = Twin(self.tables)
         self._records = self.tables.flows.flows.view(np.uint8).reshape(-1, FLOW.itemsize)
         self._touched = np.unique(self.halves[0] >> 1)
 
-    def _run(self, first: int, last: int, count: int = ROWS) -> None:
+    def run(self, first: int, last: int, count: int = ROWS) -> None:
+        """Run stages over rows [0, count)."""
         run(first, last, self.batch.arrays, count, self.arrays, _flows.NOW)
 
     def store(self, stage: int) -> _flows.Rounds:
-        """Return the packets of all bursts as they come to a stage, after both have done the same to the first one."""
-        bursts = len(self.halves)
-        frames = np.zeros(bursts * ROWS * KEPT, np.uint8)
-        records = np.zeros(bursts * ROWS * PACKET.itemsize, np.uint8)
-        segments = np.zeros((bursts, ROWS), np.int32)
-        for k, halves in enumerate(self.halves):
-            _flows.write_burst(self.batch.arrays, self.tables.flows.tuples, halves, segments[k])
-            self._run(0, stage)
-            frames[k * ROWS * KEPT : (k + 1) * ROWS * KEPT], kept = save(self.batch)
-            records[k * len(kept) : (k + 1) * len(kept)] = kept
+        """Return the packets of all bursts as they come to a stage."""
+        rounds = store(self.batch, self.tables.flows.tuples, self.halves, partial(self.run, 0, stage))
         assert (self.batch.packets["verdict"] == Verdict.ACCEPT).all()
-        return _flows.Rounds(frames, records, segments.reshape(-1))
+        return rounds
 
     def check(self, first: int, last: int, rounds: _flows.Rounds) -> None:
         """Make sure that the twin does the same to every byte of a burst and of the tables."""
         done, before = [], self._save()
-        for call in (partial(self.twin.run, first, last, self.batch), partial(self._run, first, last)):
+        for call in (partial(self.twin.run, first, last, self.batch), partial(self.run, first, last)):
             self._undo(before)
             restore(self.batch, rounds, np.zeros(4, np.int64))
             call()
@@ -264,6 +263,19 @@ class Setting:
         self._records[self._touched] = before[-1]
 
 
+def store(batch: b.Batch, tuples: Array, bursts: Array, prepare: Callable[[], object]) -> _flows.Rounds:
+    """Return the packets of tuples, given as ``(bursts, ROWS)`` rows of ``tuples``, each burst after ``prepare``."""
+    frames = np.zeros(bursts.size * KEPT, np.uint8)
+    records = np.zeros(bursts.size * PACKET.itemsize, np.uint8)
+    segments = np.zeros(bursts.shape, np.int32)
+    for k, halves in enumerate(bursts):
+        _flows.write_burst(batch.arrays, tuples, halves, segments[k])
+        prepare()
+        frames[k * ROWS * KEPT : (k + 1) * ROWS * KEPT], kept = save(batch)
+        records[k * len(kept) : (k + 1) * len(kept)] = kept
+    return _flows.Rounds(frames, records, segments.reshape(-1))
+
+
 def save(batch: b.Batch) -> tuple[Array, Array]:
     """Return copies of the rows' frames and records."""
     slots = batch.data[: ROWS * SMALL_STRIDE].reshape(ROWS, SMALL_STRIDE)
@@ -272,10 +284,11 @@ def save(batch: b.Batch) -> tuple[Array, Array]:
 
 def restore(batch: b.Batch, rounds: _flows.Rounds, cursor: Array) -> None:
     """Make the rows the next of the stored bursts."""
-    _restore(_as_bursts(batch, ROWS), tuple(rounds), cursor)
+    _restore(as_bursts(batch, ROWS), tuple(rounds), cursor)
 
 
-def _as_bursts(batch: b.Batch, burst: int) -> tuple[Array, Array, Array]:
+def as_bursts(batch: b.Batch, burst: int) -> tuple[Array, Array, Array]:
+    """Return what ``drive`` takes as ``batch``."""
     return batch.data, batch.packets.reshape(-1, burst), batch.packets.view(np.uint8)
 
 
@@ -307,7 +320,7 @@ def stage_cases(setting: Setting, first: int, last: int, sizes: list[int]) -> It
     for burst in sizes:
         last_whole = name == "whole" and burst == ROWS
         references = {"C": setting.twin.drive((first, last), batch, rounds, cursor, burst)}
-        arrays = _as_bursts(batch, burst), tuple(rounds), cursor
+        arrays = as_bursts(batch, burst), tuple(rounds), cursor
         yield Case(
             group=f"pipeline {name}, {setting.flows // 1000:,} k flows",
             batch=burst,
@@ -328,7 +341,7 @@ def dpkt_cases(setting: Setting) -> Iterator[Case]:
     pairs = zip(starts.tolist(), records["length"][:size].tolist(), strict=True)
     kept = rounds.frames.reshape(-1, KEPT)
     frames = [kept[i, start : start + length].tobytes() for i, (start, length) in enumerate(pairs)]
-    arrays = _as_bursts(setting.batch, ROWS), tuple(rounds), np.zeros(4, np.int64)
+    arrays = as_bursts(setting.batch, ROWS), tuple(rounds), np.zeros(4, np.int64)
     yield Case(
         group="pipeline whole beside Python",
         batch=ROWS,

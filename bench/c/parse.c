@@ -33,6 +33,15 @@ struct tables {
     struct service *services;
     struct backend *backends;
     const i64 *timeouts;
+    i64 flow_capacity;
+    i32 *flow_free;
+    i64 *flow_state;
+    struct half *scratch;
+    const struct slot *service_slots;
+    i64 service_mask;
+    const u64 *service_key;
+    const struct policy *policies;
+    const struct range *pools;
 };
 
 static RARE i64 elsewhere(const u8 *data, struct packet *p)

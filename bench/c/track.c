@@ -1,5 +1,5 @@
-/* The twin of dataplane/stages, continued from parse.c: conntrack and nat, for packets of flows that are known. What
- * begins, ends or doubts a flow is `elsewhere`: the branch to it is paid for. */
+/* The twin of dataplane/stages, continued from parse.c: conntrack and nat, for packets of flows that are known; begin.c
+ * is for the others. What ends or doubts a flow is `elsewhere`: the branch to it is paid for. */
 
 enum { SEG_SYN, SEG_SYN_ACK, SEG_FIN, SEG_ACK, SEG_RST, SEG_NONE };
 enum { W_SCALED = 1, W_SACK = 2, W_CLOSE_INIT = 4, W_LIBERAL = 8, W_UNACKED = 16, W_ACK_SEEN = 32 };
@@ -39,11 +39,14 @@ static inline i64 candidate(const struct tables *t, u64 word)
     return half;
 }
 
+#define SAME(a, b) \
+    ((a)->src_lo == (b)->src_lo && (a)->dst_lo == (b)->dst_lo && (a)->src_hi == (b)->src_hi && \
+     (a)->dst_hi == (b)->dst_hi && (a)->sport == (b)->sport && (a)->dport == (b)->dport && \
+     (a)->protocol == (b)->protocol)
+
 static inline int matches(const struct half *found, const struct packet *p)
 {
-    return found->src_lo == p->src_lo && found->dst_lo == p->dst_lo && found->src_hi == p->src_hi &&
-           found->dst_hi == p->dst_hi && found->sport == p->sport && found->dport == p->dport &&
-           found->protocol == p->protocol;
+    return SAME(found, p);
 }
 
 static inline i64 search(const struct tables *t, const struct packet *p)
@@ -313,6 +316,22 @@ static inline void lb_count(u8 *data, struct packet *p, const struct tables *t, 
     backend->out_bytes += size;
 }
 
+static inline void take(struct packet *p, const struct tables *t, i64 e)
+{
+    const struct flow *flow = &t->flows[e >> 1];
+    struct half *half = &t->halves[e];
+    half->packets++;
+    half->bytes += p->length - 14;
+    p->flow = e;
+    p->mark = flow->mark;
+    if (flow->status & (SRC_NAT | DST_NAT)) {
+        const struct half *other = &t->halves[e ^ 1];
+        p->dst_hi = other->src_hi;
+        p->dst_lo = other->src_lo;
+        p->dport = other->sport;
+    }
+}
+
 static inline i64 follow(u8 *data, struct packet *p, const struct tables *t, i64 e, i64 now)
 {
     struct flow *flow = &t->flows[e >> 1];
@@ -333,19 +352,11 @@ static inline i64 follow(u8 *data, struct packet *p, const struct tables *t, i64
     } else
         refresh(flow, p->protocol, direction, t->timeouts, now);
     lb_count(data, p, t, e, now);
-    struct half *half = &t->halves[e];
-    half->packets++;
-    half->bytes += p->length - 14;
-    p->flow = e;
-    p->mark = flow->mark;
-    if (flow->status & (SRC_NAT | DST_NAT)) {
-        const struct half *other = &t->halves[e ^ 1];
-        p->dst_hi = other->src_hi;
-        p->dst_lo = other->src_lo;
-        p->dport = other->sport;
-    }
+    take(p, t, e);
     return ACCEPTED;
 }
+
+static i64 begin(u8 *data, struct packet *p, const struct tables *t, i64 now);
 
 static inline i64 track(u8 *data, struct packet *p, const struct tables *t, i64 now)
 {
@@ -354,9 +365,14 @@ static inline i64 track(u8 *data, struct packet *p, const struct tables *t, i64 
     i64 e = p->flow;
     if (e < 0 || !matches(&t->halves[e], p))
         e = search(t, p);
-    if (e < 0 || t->flows[e >> 1].expires_ns <= now)
-        return elsewhere(data, p);
-    return follow(data, p, t, e, now);
+    if (e >= 0 && t->flows[e >> 1].expires_ns > now) {
+        i64 why = follow(data, p, t, e, now);
+        if (why != AGAIN)
+            return why;
+    }
+    if (e >= 0)
+        elsewhere(data, p);
+    return begin(data, p, t, now);
 }
 
 STAGE void conntrack(u8 *data, struct packet *packets, i64 count, const struct tables *t, i64 now)
