@@ -3,6 +3,7 @@
 from typing import Any
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import IPv6, _ICMPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import NoPayload, Packet, Raw
@@ -73,17 +74,24 @@ def patched(frame: Packet | bytes, at: int, octets: bytes) -> bytes:
     return raw[:at] + octets + raw[at + len(octets) :]
 
 
-def recomputed(frame: bytes) -> bytes:
-    """The same frame with every length and checksum computed by scapy: what it must look like on the wire."""
-    packet = Ether(frame)
-    layer = packet
-    while not isinstance(layer, NoPayload):
-        for name in ("len", "chksum", "plen"):
+_COMPUTED = (IP, IPv6, TCP, UDP, ICMP, _ICMPv6)  # and not what scapy sees in a payload because of its port
+
+
+def recomputed(frame: bytes, layers: tuple[type[Packet], ...] = _COMPUTED) -> bytes:
+    """The same frame with every length and checksum computed by scapy: what it must look like on the wire.
+
+    What an ICMP error quotes stays as it is; a UDP checksum that is absent stays so. ``layers`` are those that are
+    computed, where a payload is noise that only looks like UDP.
+    """
+    whole = Ether(frame)
+    layer = whole
+    while not isinstance(layer, NoPayload) and not type(layer).__name__.startswith("IPerror"):
+        for name in ("len", "chksum", "plen", "cksum") if isinstance(layer, layers) else ():
             absent = isinstance(layer, UDP) and name == "chksum" and layer.chksum == 0
             if name in layer.fields and not absent:
-                del layer.fields[name]
+                layer.delfieldval(name)  # forgets the bytes that were read, too
         layer = layer.payload
-    return bytes(packet)
+    return bytes(whole)
 
 
 def tunneled(ip: Packet, **fields: Any) -> Packet:

@@ -15,19 +15,9 @@ from dataplane import batch as b
 from dataplane.devices.memory import Vnet
 from dataplane.tables.flow import ORIGINAL, REPLY
 from dataplane.verdict import Verdict
+from tests.frames import recomputed
 from tests.strategies import naive_checksum, naive_sum, pseudo_bytes
-from tests.translation import (
-    Side,
-    Translator,
-    Way,
-    frame_of,
-    ip,
-    packet,
-    recomputed,
-    record_sides,
-    sides,
-    way,
-)
+from tests.translation import Side, Translator, Way, frame_of, ip, packet, record_sides, sides, way
 
 TRANSLATOR = Translator()  # the arena is 40 MB: one is enough
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6, _ICMPv6
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
 from scapy.layers.l2 import Ether
-from scapy.packet import NoPayload, Packet, Raw
+from scapy.packet import Packet, Raw
 
 from dataplane import batch as b
 from dataplane.devices.memory import Vnet
@@ -25,7 +25,6 @@ from tests import world as w
 from tests.world import Outcome, World
 
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmp6": 58, "other": 253}
-_COMPUTED = (IP, IPv6, TCP, UDP, ICMP, _ICMPv6)  # and not what scapy sees in a payload because of its port
 QUERIES = {1: (8, 0), 58: (128, 129)}  # request, reply
 
 
@@ -104,19 +103,6 @@ def sides(frame: bytes) -> tuple[str, str]:
     elif isinstance(layer, ICMPv6EchoRequest) or (isinstance(layer, ICMP) and layer.type == 8):
         src = layer.id
     return str(Side(network.src, src)), str(Side(network.dst, dst))
-
-
-def recomputed(frame: bytes) -> bytes:
-    """The frame with all lengths and checksums computed by scapy; a UDP checksum that is absent stays so."""
-    whole = Ether(frame)
-    layer = whole
-    while not isinstance(layer, NoPayload):
-        for name in ("len", "chksum", "plen", "cksum") if isinstance(layer, _COMPUTED) else ():
-            absent = isinstance(layer, UDP) and name == "chksum" and layer.chksum == 0
-            if name in layer.fields and not absent:
-                layer.delfieldval(name)  # forgets the bytes that were read, too
-        layer = layer.payload
-    return bytes(whole)
 
 
 class Translator:
