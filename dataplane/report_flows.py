@@ -98,9 +98,10 @@ class FlowReport:
             yield 0
 
     def _selection(self, query: Query, status: int = 0) -> "_Selection":
-        named: set[int] | None = None
+        named: dict[int, int] | None = None
         if query.service:
-            named = {row for row, name in self._names.items() if name[0] == query.service}
+            generations = self._services.services["generation"]
+            named = {row: int(generations[row]) for row, name in self._names.items() if name[0] == query.service}
         return _Selection(query, status, self._clock(), named)
 
     def _flow_rows(self, flows: Array) -> list[FlowRow]:
@@ -155,13 +156,13 @@ def _copy(flows: Array, rows: Array) -> Array:
 
 
 class _Selection:
-    """A query as comparisons of columns."""
+    """A query as comparisons of columns; ``services`` are rows with their generations, which tell who had a row."""
 
-    def __init__(self, query: Query, status: int, now: int, services: set[int] | None) -> None:
+    def __init__(self, query: Query, status: int, now: int, services: dict[int, int] | None) -> None:
         self._query = query
         self._status = status
         self.now = now
-        self._services = None if services is None else np.array(sorted(services), np.int32)
+        self._services = None if services is None else _pairs(list(services), list(services.values()))
 
     def rows(self, flows: Array, start: int, size: int) -> Array:
         """Return the rows in [start, start + size) that pass, in order."""
@@ -205,7 +206,13 @@ class _Selection:
         if query.state:
             keep &= (original["protocol"] == _TCP) & (chunk["state"] == TcpState[query.state])
         if self._services is not None:
-            keep &= np.isin(chunk["service"], self._services)
+            keep &= np.isin(_pairs(chunk["service"], chunk["service_generation"]), self._services)
+
+
+def _pairs(rows: Any, generations: Any) -> Array:
+    """Return rows with their generations as one word each."""
+    words: Array = np.asarray(rows, np.int64) << 32 | np.asarray(generations, np.int64)
+    return words
 
 
 def _inside(half: Array, side: str, network: Network) -> Array:

@@ -152,6 +152,15 @@ def test_the_flow_of_a_service_that_is_gone_names_none(world):
     assert [row["service"] for row in world.rows()] == [""]
 
 
+def test_the_flow_of_an_earlier_service_of_that_name_is_not_the_services(world):
+    service = world.service("default/web")
+    world.balanced(40000, service)
+    world.services.delete(service)
+    assert world.service("default/web") == service
+    world.balanced(40001, service)
+    assert world.ports(service="web") == [40001]
+
+
 # --- filters ---------------------------------------------------------------------------------------------------------
 
 
