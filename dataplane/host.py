@@ -137,5 +137,6 @@ def _addresses(state: DesiredState) -> list[IPv4Address]:
 def _configure(link: HostLink, state: DesiredState, ours: Claims) -> None:
     own = _owns_the_uplink(state)
     source = next(iter(ours.addresses), None) or next(iter(_addresses(state)), None)
-    destinations: list[IPv4Network] = [*ours.departures, *([EVERYWHERE] if own else [])]
+    clients = IPv4Network(state.pod_network.gateway)  # as servers on the node's address see them (stages/masquerade)
+    destinations: list[IPv4Network] = [*ours.departures, clients, *([EVERYWHERE] if own else [])]
     link.configure(_addresses(state), destinations, source, state.pod_network.mtu if own else 0)

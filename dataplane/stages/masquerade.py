@@ -48,7 +48,7 @@ def decide(packet: Any, tables: Any, marked: bool, translated: bool, kind: int) 
     """
     if translated and packet["src_lo"] == packet["dst_lo"] and packet["src_hi"] == packet["dst_hi"]:
         return KEPT
-    if marked:
+    if marked or (translated and kind == Kind.LOCAL and not _is_pod(packet, tables)):
         return RANDOM
     settings = tables[SETTINGS]
     outgoing = kind in (Kind.VIA, Kind.TUNNEL) and settings[NAT_OUTGOING] != 0 and _leaves_the_pools(packet, tables)
@@ -58,6 +58,11 @@ def decide(packet: Any, tables: Any, marked: bool, translated: bool, kind: int) 
     if not outgoing:
         return LEFT
     return RANDOM if settings[NAT_RANDOM] != 0 else KEPT
+
+
+@kernel
+def _is_pod(packet: Any, tables: Any) -> bool:
+    return policy.is_in_pool(tables[POLICIES], Pool.CLUSTER, packet["src_hi"], packet["src_lo"])
 
 
 @kernel
@@ -79,9 +84,13 @@ def _is_local(packet: Any, tables: Any) -> bool:
 def address(tables: Any, kind: int) -> Any:
     """Return the low half of the IPv4 address that stands for a flow leaving by a route of this kind; 0: there is none.
 
-    That of the egress device, else the node's. A node that stands alone has no address but the gateway's.
+    That of the egress device, else the node's. A node that stands alone has no address but the gateway's. To the host
+    it is the gateway's, too: what the host sends to its own addresses, or to a client on the LAN, would not come back
+    to us. So a server on the node's own address sees the clients of its services, but for pods, as 169.254.1.1.
     """
     settings = tables[SETTINGS]
+    if kind == Kind.LOCAL:
+        return settings[GATEWAY_LO]
     if kind == Kind.TUNNEL and settings[TUNNEL_LO] != 0:
         return settings[TUNNEL_LO]
     if settings[NODE_LO] != 0:
