@@ -118,7 +118,7 @@ sys.stdin.read()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "made\n"
-        assert nft(host, "list", "ruleset").count("table") == 2
+        assert nft(host, "list", "ruleset").count("table") == 3
         os.kill(process.pid, signal.SIGKILL)
     assert nft(host, "list", "ruleset") == ""
 
@@ -195,7 +195,7 @@ def test_a_kernel_without_a_hook_at_lo_still_gets_the_rest(host, installed, monk
     monkeypatch.setattr(firewall, "loopback_table", lambda *given: real(*given).replace("egress", "output"))
     rules = installed(replace(RULES, host=("lo", 1)))
     rules.update(replace(RULES, servers=frozenset({WEB})))
-    assert nft(host, "list", "ruleset").count("table") == 1
+    assert re.findall(r"table (\w+)", nft(host, "list", "ruleset")) == ["ip", "arp"]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert firewall.UNREACHED in caplog.text
 
@@ -273,6 +273,31 @@ def test_what_is_for_pods_and_services_is_not_forwarded_by_the_host(spaces, host
     assert reached("10.244.1.10") == "silence"
     assert reached("10.244.2.10") == "No route to host"
     assert list(chain(sets(host)["ip", "addresses"])) == [json.dumps(str(NODE))]
+
+
+def test_later_fragments_for_the_host_are_not_taken_for_our_ports(spaces, host, installed):
+    lan = lan_of(spaces, host)
+    installed(RULES)
+    server, client = host.udp("192.0.2.1", 7777), lan.udp("192.0.2.9", 0)
+    client.sendto(b"\xff" * 9000, ("192.0.2.1", 7777))  # ports 65535 in every later fragment
+    assert server.recv(10_000) == b"\xff" * 9000
+
+
+def test_arp_for_what_is_ours_is_not_answered_by_the_host(spaces, host, installed):
+    lan = lan_of(spaces, host)
+    host.ip("address", "add", "10.244.1.0/32", "dev", "lo")
+    lan.ip("route", "add", "10.244.1.0", "dev", "lan0")
+
+    def resolves():
+        lan.ip("neigh", "flush", "to", "10.244.1.0")
+        command = ["nsenter", f"--net=/run/netns/{lan.name}", "ping", "-c", "1", "-W", "0.3", "10.244.1.0"]
+        subprocess.run(command, check=False, capture_output=True)
+        shown = ["ip", "-n", lan.name, "neigh", "show", "to", "10.244.1.0"]
+        return "lladdr" in subprocess.run(shown, check=True, capture_output=True, text=True).stdout
+
+    assert resolves()
+    installed(RULES)
+    assert not resolves()
 
 
 def test_on_an_uplink_of_our_own_the_host_hears_nothing_and_says_nothing(spaces, host, installed):

@@ -3,8 +3,9 @@
 On an uplink that we share with the host its stack gets a copy of every frame. It must not answer what is ours (a RST
 for a node port, where no process of the host listens, would end the client's connection), nor forward it (with
 ``ip_forward`` a packet to a pod would arrive twice). So in ``prerouting`` it loses everything to pods and services,
-and at the node's own addresses the ports of services and those that we masquerade with. A packet socket sees frames
-before netfilter does: we lose nothing.
+and at the node's own addresses the ports of services and those that we masquerade with; and in ARP the requests for
+what is ours, or it would answer for the address of its own link. A packet socket sees frames before netfilter does: we
+lose nothing.
 
 On an uplink that is ours alone the host's stack loses everything, ARP and IPv6 too. Without that it would answer there
 for the addresses that it has behind its own link: to the kernel an address belongs to the host, not to an interface.
@@ -88,6 +89,8 @@ def _shared_table(name: str, rules: Rules) -> str:
         f'add rule {table} uplink iifname != "{rules.uplink}" accept',
         f"add rule {table} uplink ip daddr @networks counter drop",
         f"add rule {table} uplink ip daddr != @addresses accept",
+        # In a later fragment nf_tables takes payload for ports (Linux 6.18): one in fourteen would be lost.
+        f"add rule {table} uplink ip frag-off & 0x1fff != 0 accept",
         f"add rule {table} uplink meta l4proto . ip daddr . th dport @servers counter drop",
     ]
     if rules.tunnel_port:
@@ -95,6 +98,12 @@ def _shared_table(name: str, rules: Rules) -> str:
     if rules.ports:
         first, last = rules.ports
         lines.append(f"{at_the_node} meta l4proto {{ tcp, udp }} th dport {first}-{last} counter drop")
+    lines += [
+        f"add table arp {name} {{ flags owner; }}",
+        f"add set arp {name} networks {{ type ipv4_addr; flags interval; }}",
+        f"add chain arp {name} uplink {{ type filter hook input priority filter; policy accept; }}",
+        f'add rule arp {name} uplink iifname "{rules.uplink}" arp daddr ip @networks counter drop',
+    ]
     lines += _elements("add", table, "addresses", map(str, rules.addresses))
     return "\n".join([*lines, *changes(name, Rules(), replace(rules, host=None)), ""])
 
@@ -119,10 +128,10 @@ def changes(name: str, old: Rules, new: Rules) -> list[str]:
     """Return the commands that lead from the sets of one value to those of another, for the tables of the new one."""
     lines: list[str] = []
     shared = bool(new.uplink) and new.shared
-    if shared and old.networks != new.networks:
+    for family in ("ip", "arp") if shared and old.networks != new.networks else ():
         # As a whole: prefixes that are cut anew would overlap old ones half way through.
-        lines.append(f"flush set ip {name} networks")
-        lines += _elements("add", f"ip {name}", "networks", map(str, new.networks))
+        lines.append(f"flush set {family} {name} networks")
+        lines += _elements("add", f"{family} {name}", "networks", map(str, new.networks))
     tables = [f"ip {name}"] * shared + [f"netdev {name}"] * (new.host is not None)
     for table in tables:
         lines += _elements("delete", table, "servers", _keys(old.servers - new.servers))
