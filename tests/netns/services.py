@@ -244,6 +244,8 @@ def make_cluster(
             host.ip("address", "flush", "dev", "eth0")
         text = ours.config(me, own, [each for each in members if each is not me], routes={"0.0.0.0/0": gateway})
         text = with_services(text, balancing=balancing or BALANCING, static=static, shared=shared)
+        if not shared:
+            text += f'[[routes]]\ndst = "{LAN}"\n'  # no address of an interface tells it
         made.nodes.append(network.node(host, me.name.removeprefix(network.prefix), text))
     for process in [node.launch() for node in made.nodes]:
         process.expect(r"\bready\b", READY_TIMEOUT)
