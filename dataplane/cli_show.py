@@ -304,12 +304,16 @@ def _show_connections(wanted: "Query", path: Path | None) -> None:
 
     from dataplane.control import ipvsadm, query
 
-    flows = _listing("conntrack", replace(wanted, status=wanted.status or "BALANCED"), path)["conntrack"]
+    answer = _listing("conntrack", replace(wanted, status=wanted.status or "BALANCED"), path)
+    flows = answer["conntrack"]
     words = wanted.words()
     templates = []
     if words.keys() <= query.KEYS["persistence"]:
         templates = _listing("persistence", wanted, path)["persistence"]
     _print(ipvsadm.connections(flows, templates))
+    rest = answer["matched"] - len(flows)
+    if rest:
+        click.echo(f"dataplane: {rest} more connections pass: --limit 0 shows all", err=True)
 
 
 def _show_stats(output: str, path: Path | None) -> None:

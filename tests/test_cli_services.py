@@ -168,6 +168,11 @@ def test_flows_are_also_printed_as_conntrack_and_ipvsadm_do(path):
     assert len(dataplane("show", "persistence", "-o", "ipvsadm", "--socket", path).stdout.splitlines()) == 3
 
 
+def test_connections_that_a_limit_cuts_off_are_counted_on_stderr(path):
+    result = dataplane("show", "conntrack", "-o", "ipvsadm", "--limit", "1", "--socket", path)
+    assert result.stderr == "dataplane: 3 more connections pass: --limit 0 shows all\n"
+
+
 def test_the_tables_counters_have_conntracks_names(path):
     assert dataplane("show", "conntrack", "--stats", "-o", "conntrack", "--socket", path).stdout == (
         "cpu=0   \tfound=96 invalid=1 insert=9 insert_failed=0 drop=0 early_drop=0 error=0 search_restart=0 "
