@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 NAMESPACES = Path("/run/netns")
 READY_SECONDS = 300.0  # the first start compiles
 SENDER_CPU, FORWARDER_CPU = "0", "1"
+FIRST = "-15"  # the nice value of a session that is ahead of others
 
 NODE = """
 [node]
@@ -65,26 +66,32 @@ def program(name: str) -> str:
     return str(path)
 
 
-def inside(namespace: str, *command: str, cpu: str = "") -> list[str]:
+def inside(namespace: str, *command: str, cpu: str = "", first: bool = True) -> list[str]:
     """Return the command that runs another one in a namespace, on one core if given."""
-    return ["nsenter", f"--net={NAMESPACES / namespace}", "--", *ahead(*command, cpu=cpu)]
+    return ["nsenter", f"--net={NAMESPACES / namespace}", "--", *ahead(*command, cpu=cpu, first=first)]
 
 
-def ahead(*command: str, cpu: str = "") -> list[str]:
+def ahead(*command: str, cpu: str = "", first: bool = True) -> list[str]:
     """Return the command that runs another one ahead of what else the machine does, on one core if given.
 
-    Sessions share the processor before their processes do (sched(7), autogroup), so each command has its own.
+    Sessions share the processor before their processes do (sched(7), autogroup), so each command has its own; one that
+    is not ``first`` has as much of a core as any other session, or as ksoftirqd.
     """
     pinned = ["taskset", "-c", cpu] if cpu else []
-    first = 'echo -15 2>/dev/null > /proc/self/autogroup; exec "$@"'
-    return ["setsid", "sh", "-c", first, "sh", *pinned, *command]
+    share = f'echo {FIRST} 2>/dev/null > /proc/self/autogroup; exec "$@"' if first else 'exec "$@"'
+    return ["setsid", "sh", "-c", share, "sh", *pinned, *command]
 
 
 class Pair:
-    """Two pods; ``a`` and ``b`` are their namespaces."""
+    """Two pods; ``a`` and ``b`` are their namespaces, ``pid`` the process between them, if it is one."""
 
     def __init__(self, a: str, b: str) -> None:
-        self.a, self.b = a, b
+        self.a, self.b, self.pid = a, b, 0
+
+    def come_first(self) -> None:
+        """Put the process between the pods ahead of other sessions from now on."""
+        if self.pid:
+            Path(f"/proc/{self.pid}/autogroup").write_text(FIRST)
 
 
 class Network:
@@ -120,8 +127,8 @@ class Network:
 
     # --- the forwarders ----------------------------------------------------------------------------------------------
 
-    def ours(self, name: str = "node", more: str = "") -> Pair:
-        """Start our node, with ``more`` in its file; it makes the pods."""
+    def ours(self, name: str = "node", more: str = "", first: bool = True) -> Pair:
+        """Start our node, with ``more`` in its file and ahead of other sessions if ``first``; it makes the pods."""
         host = self.namespace(name)
         pair = Pair(f"{host}-a", f"{host}-b")
         folder = self._stack.enter_context(tempfile.TemporaryDirectory())
@@ -129,7 +136,7 @@ class Network:
         text = NODE.format(name=host, mtu=MTU, a=pair.a, b=pair.b, address_a=A, address_b=B)
         config.write_text(text + more, encoding="utf-8")
         command = (sys.executable, "-m", "dataplane", "run", "--config", str(config))
-        self.start(inside(host, *command, cpu=FORWARDER_CPU), " ready ")
+        pair.pid = self.start(inside(host, *command, cpu=FORWARDER_CPU, first=first), " ready ").pid
         return pair
 
     def loop(self, virtio: bool) -> Pair:
