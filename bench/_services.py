@@ -5,8 +5,8 @@
 Of ``count`` services the last one is the one that is asked: its only endpoint is the server's pod, the others' are pods
 of other nodes that nobody asks. In iptables mode each service is a rule in KUBE-SERVICES that the first packet of a
 connection has to pass, and the last is the far end of them; kube-proxy's order is that of a Go map, so the mean of a
-cluster is half of it. The rules are those of kube-proxy 1.33 with one cluster CIDR; from 1000 endpoints on it leaves
-the comments out, which makes them shorter, and so do we.
+cluster is half of it. The rules are those of kube-proxy 1.33 with one cluster CIDR; beyond 1000 endpoints it leaves out
+the comments at the rules of endpoints, and so do we.
 """
 
 import base64
@@ -139,7 +139,7 @@ COMMIT
 
 def iptables(services: list[ServicePort]) -> str:
     """Return the input of iptables-restore."""
-    commented = sum(len(service.endpoints) for service in services) < _LARGE_CLUSTER
+    commented = sum(len(service.endpoints) for service in services) <= _LARGE_CLUSTER
     chains: list[str] = []
     rules: list[str] = []
     for service in services:
@@ -154,10 +154,10 @@ def _iptables_rules(service: ServicePort, commented: bool) -> Iterator[str]:
 
     name = service.name
     chain = f"KUBE-SVC-{_digest(name, 'tcp')[:16]}"
-    to_vip = f"-m tcp -p tcp -d {service.vip} --dport {service.port}"
+    to_vip = f'-m comment --comment "{name} cluster IP" -m tcp -p tcp -d {service.vip} --dport {service.port}'
     yield f":{chain} - [0:0]"
-    yield f"-A KUBE-SERVICES {comment(f'{name} cluster IP')}{to_vip} -j {chain}"
-    yield f"-A {chain} {comment(f'{name} cluster IP')}{to_vip} ! -s {CLUSTER_CIDR} -j KUBE-MARK-MASQ"
+    yield f"-A KUBE-SERVICES {to_vip} -j {chain}"
+    yield f"-A {chain} {to_vip} ! -s {CLUSTER_CIDR} -j KUBE-MARK-MASQ"
     for left, address in zip(range(len(service.endpoints), 0, -1), service.endpoints, strict=True):
         target = f"{address}:{service.target}"
         endpoint = f"KUBE-SEP-{_digest(name, 'tcp', target)[:16]}"
