@@ -15,12 +15,13 @@ from tests.netns.harness import Network
 RESULTS: pytest.StashKey[dict[tuple[str, str], list[tuple[str, bool]]]] = pytest.StashKey()
 HEAD = """# Conformance
 
-What other projects' tests assert, and what became of it here. `make conformance` writes this page: every line is one or
-more tests in `tests/netns` that send real packets with real programs through real namespaces.
+What other projects' tests assert, and what became of it here. `make conformance` writes this page: every line stands
+for one or more tests in `tests/netns`, which send real packets with real programs through network namespaces.
 
-Kubernetes' names are those of `test/e2e/network`; the kernel's are files of `tools/testing/selftests/net/netfilter`,
-written afresh from what they describe; B7 is the table of addresses that was recorded from Linux 6.1 with kube-proxy's
-rules for ip_vs. Not here is what needs a cluster's API server, SCTP, or more than one network policy.
+Kubernetes' names are those of `test/e2e/network`. The kernel's selftests are those of
+`tools/testing/selftests/net/netfilter`, written afresh from what they describe. The rows of addresses ("client ->
+target -> backend") were recorded from Linux 6.1 with the rules that kube-proxy writes for ip_vs: which source address
+and port the backend sees, and from where the reply comes.
 """
 
 

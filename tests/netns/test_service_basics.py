@@ -223,6 +223,42 @@ def test_the_type_of_a_service_changes(cluster, client, spot):
         assert is_refused(cluster.ext, "tcp", NODE, spot.node_port)
 
 
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        pytest.param(
+            "tcp", marks=e2e("should be able to change the type and ports of a TCP service", "loadbalancer.go")
+        ),
+        pytest.param(
+            "udp", marks=e2e("should be able to change the type and ports of a UDP service", "loadbalancer.go")
+        ),
+    ],
+)
+def test_a_service_becomes_a_load_balancer_and_a_cluster_address_again(cluster, client, spot, protocol):
+    def ask_all(*targets: tuple[Namespace, str, int]) -> set[str]:
+        return {ASK[protocol](*target).name for target in targets}
+
+    other = cluster.spot()
+    old, new = ((client, spot.vip, 80), (cluster.ext, NODE, spot.node_port), (cluster.ext, spot.external, 80)), (
+        (client, spot.vip, 81), (cluster.ext, NODE, other.node_port), (cluster.ext, spot.external, 81))  # fmt: skip
+    with cluster.use(service("web", spot.vip, [port(80, protocol=protocol)], [S1])):
+        assert ask_all(*old[:1]) == {"s1"}
+        cluster.set(service("web", spot.vip, [port(80, protocol=protocol, node=spot.node_port)], [S1]))
+        assert ask_all(*old[:2]) == {"s1"}
+        keys = {"loadBalancerIPs": [spot.external]}
+        cluster.set(service("web", spot.vip, [port(80, protocol=protocol, node=spot.node_port)], [S1], **keys))
+        assert ask_all(*old) == {"s1"}
+        cluster.set(service("web", spot.vip, [port(80, protocol=protocol, node=other.node_port)], [S1], **keys))
+        assert ask_all(old[0], new[1], old[2]) == {"s1"}
+        assert is_refused(cluster.ext, protocol, NODE, spot.node_port)
+        cluster.set(service("web", spot.vip, [port(81, protocol=protocol, node=other.node_port)], [S1], **keys))
+        assert ask_all(*new) == {"s1"}
+        cluster.set(service("web", spot.vip, [port(81, protocol=protocol)], [S1]))
+        assert ask_all(*new[:1]) == {"s1"}
+        assert is_refused(cluster.ext, protocol, NODE, other.node_port)
+        assert is_silent(cluster.ext, protocol, spot.external, 81)
+
+
 # --- who may come in -------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +327,28 @@ def test_a_client_stays_with_its_endpoint(cluster, client, spot, protocol):
         second = names(cluster.ext, protocol, (NODE, spot.node_port), 10)
         assert len(set(second)) == 1
         assert names(client, protocol, (spot.vip, 80), 2) == first[:2]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, marks=[
+            e2e(f"should have session affinity work for LoadBalancer service with {policy} traffic policy",
+                "loadbalancer.go"),
+            e2e(f"should be able to switch session affinity for LoadBalancer service with {policy} traffic policy",
+                "loadbalancer.go"),
+        ])
+        for policy in ("Local", "Cluster")
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("protocol", EVERY)
+def test_a_client_of_a_load_balancer_stays_with_its_endpoint(cluster, spot, protocol, policy):
+    endpoints, target = [S1, S2, S3], (spot.external, 80)
+    keys = {"loadBalancerIPs": [spot.external], "externalTrafficPolicy": policy}
+    with cluster.use(service("web", spot.vip, both(80), endpoints, **keys, **STICKY)):
+        assert len(set(names(cluster.ext, protocol, target, 10))) == 1
+        cluster.set(service("web", spot.vip, both(80), endpoints, **keys))
+        assert len(set(names(cluster.ext, protocol, target, 6))) == 3
 
 
 @e2e("should be able to switch session affinity for service with type clusterIP")

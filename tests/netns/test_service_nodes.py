@@ -73,9 +73,9 @@ def entering_at(cluster: Cluster, node: str, address: str) -> Iterator[None]:
 # --- everybody reaches everything ------------------------------------------------------------------------------------
 
 
-def granular(who: str, protocol: str) -> pytest.MarkDecorator:
+def granular(who: str, protocol: str, what: str = "Services") -> pytest.MarkDecorator:
     kind = {"tcp": "http", "udp": "udp"}[protocol]
-    return e2e(f"Granular Checks: Services should function for {who}: {kind}", "networking.go")
+    return e2e(f"Granular Checks: {what} should function for {who}: {kind}", "networking.go")
 
 
 @pytest.mark.parametrize(
@@ -103,20 +103,17 @@ def test_every_node_serves_a_node_port(cluster, spot, protocol):
 
 
 @pytest.mark.parametrize(
-    ("client", "target"),
+    ("client", "target", "protocol"),
     [
-        pytest.param("a0", "b0", marks=e2e("Granular Checks: Pods should function for intra-pod communication: http",
-                                           "networking.go")),
-        pytest.param("node1", "b0", marks=e2e("Granular Checks: Pods should function for node-pod communication: http",
-                                              "networking.go")),
-        pytest.param("node1", "a0", marks=e2e("Granular Checks: Pods should function for node-pod communication: http",
-                                              "networking.go")),
+        pytest.param(client, target, protocol, marks=granular(f"{who} communication", protocol, "Pods"))
+        for who, client, target in (("intra-pod", "a0", "b0"), ("intra-pod", "a0", "a1"),
+                                    ("node-pod", "node1", "b0"), ("node-pod", "node1", "a0"))
+        for protocol in EVERY
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("protocol", EVERY)
 def test_pods_and_nodes_reach_pods(cluster, client, target, protocol):
     address = cluster.pods[target].address
-    answer = ASK[protocol](cluster.where(client), address, {"tcp": 8080, "udp": 8081}[protocol])
+    answer = ASK[protocol](cluster.where(client), address, {"tcp": HTTP, "udp": UDP_PORT}[protocol])
     assert (answer.name, answer.peer[0]) == (target, address)
 
 
