@@ -146,7 +146,7 @@ def test_an_allocation_does_not_compile(tmp_path):
 def test_the_cache_is_named_by_what_kernels_are_made_of(tmp_path):
     for folder in ("codecs", "tables", "stages", "devices"):
         (tmp_path / folder).mkdir()
-    for name in ("jit.py", "verdict.py", "batch.py", "pipeline.py"):
+    for name in ("linking.py", "jit.py", "verdict.py", "batch.py", "pipeline.py"):
         (tmp_path / name).write_text("")
     before = jit.source_digest(tmp_path)
     (tmp_path / "cli.py").write_text("x = 1")
