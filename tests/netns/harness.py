@@ -34,7 +34,7 @@ RUN = Path("/run/dataplane")
 NUMBERS = count(1)  # of this process's networks
 OWNED = re.compile(r"dpt(\d+)-([0-9a-f]+)-\d+-")
 
-READY_TIMEOUT = 120.0  # the first start compiles the kernels
+READY_TIMEOUT = 300.0  # the first start compiles the kernels: minutes when the machine is busy
 STOP_TIMEOUT = 10.0
 TIMEOUT = 30.0
 
