@@ -172,7 +172,9 @@ def release(tables: Any, flow: Any, now: int) -> None:
     backend.disconnect(tables[SERVICES][3], chosen, generation, status & ACTIVE != 0)
     template = int(flow["template"])
     if template >= 0:
-        persistence.let_go(tables[TEMPLATES], template, int(flow["template_generation"]), now)
+        # The hand comes up to a second late; a template that expires meanwhile must not be prolonged by that.
+        over = min(now, int(flow["expires_ns"]), int(flow["lb_expires_ns"]))
+        persistence.let_go(tables[TEMPLATES], template, int(flow["template_generation"]), over)
     flow["template"] = NONE
     flow["status"] = status & ~(COUNTED | ACTIVE)
 

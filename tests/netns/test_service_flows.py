@@ -224,7 +224,7 @@ def test_a_reused_client_port_leaves_a_drained_endpoint_at_once(cluster, client,
 @e2e("should have session affinity timeout work for NodePort service")
 def test_affinity_ends_with_its_timeout(cluster, client):
     """Each kind of address and protocol at once, since it takes its time."""
-    keys = {"sessionAffinity": "ClientIP", "sessionAffinityTimeout": "3s"}
+    keys = {"sessionAffinity": "ClientIP", "sessionAffinityTimeout": "2s"}
     cases: list[tuple[Namespace, str, tuple[str, int], list[str]]] = []
     with ExitStack() as stack:
         for protocol in ("tcp", "udp"):
