@@ -85,6 +85,12 @@ def test_routes_that_cannot_be_are_named(route, expected):
     assert expected in found[0]
 
 
+def test_on_an_uplink_of_our_own_a_route_without_a_next_hop_is_the_lan_itself():
+    own = NODE.replace('interface = "eth0"', 'interface = "eth0"\nshared = false')
+    assert not errors(f'{own}[[routes]]\ndst = "192.0.2.0/24"')
+    assert errors(f'{NODE}[[routes]]\ndst = "192.0.2.0/24"')
+
+
 def test_udp_mode_carries_vxlan_only():
     udp = NODE.replace('interface = "eth0"', 'interface = "eth0"\nmode = "udp"')
     assert not errors(udp)
