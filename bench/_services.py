@@ -260,7 +260,7 @@ def make_pair(network: Network, kind: str, count: int) -> Pair:
     """Return two pods with a node of a kind between them that has ``count`` services."""
     name, services = f"{kind[0]}{count}", make_services(count)
     if kind == OURS:
-        return network.ours(name, toml(services), first=False)
+        return network.ours(name, toml(services))
     pair = network.kernel(name)
     network.spread(2, name)
     if kind == IPTABLES:
