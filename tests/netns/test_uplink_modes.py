@@ -22,7 +22,7 @@ import pytest
 from dataplane.control import client
 from dataplane.control.announcer import winner
 from tests.netns import checks
-from tests.netns.harness import Namespace, Network, Node, eventually
+from tests.netns.harness import READY_TIMEOUT, Namespace, Network, Node, eventually
 from tests.netns.ours import assert_balanced, config, drops, member
 from tests.netns.services import BALANCING, EXT, LAN, Spec, both, make_cluster, serve, service, with_services
 from tests.netns.sockets import ask_tcp, ask_udp, inside, is_refused, is_silent
@@ -223,7 +223,7 @@ def use_what_is_ours(site: Site) -> None:
 def test_without_the_rule_the_kernel_ends_connections_that_are_ours(fresh, tmp_path):
     """What the rule is for: the host's stack has no socket for these, and says so to both ends."""
     (tmp_path / "libnftables.so.1").touch()
-    fresh.node.launch("env", f"LD_LIBRARY_PATH={tmp_path}").expect(r"\bready\b", 120)
+    fresh.node.launch("env", f"LD_LIBRARY_PATH={tmp_path}").expect(r"\bready\b", READY_TIMEOUT)
     serve(fresh.pod, "pod", "tcp:8080", "udp:8081")
     serve(fresh.ext, "ext", f"tcp:{OUTSIDE_PORT}", f"udp:{OUTSIDE_PORT}")
     with fresh.ext.capture("eth0", "ip") as path:
