@@ -5,6 +5,7 @@ The order at the start is the order of need: packets flow first, the control API
 
 import asyncio
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -70,6 +71,8 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal) -> in
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
     try:
         await node.start()
+        gc.freeze()
+        gc.enable()
         log.info("ready node=%s pods=%d", settings.state.node.name, len(settings.state.pods))
         notify("READY=1")
         await _serve(node, settings, log_book)

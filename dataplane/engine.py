@@ -17,7 +17,6 @@ from dataplane import jit, pipeline
 from dataplane.batch import INJECTED, REASSEMBLED, ROWS, make_batch
 from dataplane.devices.io import IoBuffers
 from dataplane.devices.memory import load
-from dataplane.devices.transmit import transmit
 from dataplane.pipeline import Tables
 from dataplane.resolve import Outgoing
 from dataplane.slowpath import SlowPath
@@ -133,20 +132,19 @@ class Engine:
     def warm_up(self) -> None:
         """Compile all that the loop will call, or load it from the cache, before the first packet."""
         if jit.is_cold():
-            with jit.compiled_beside(self._warm_half):
+            with jit.compiled_beside(self._warm_edits):
                 self._warm_burst()
         self._warm_burst()
-        self._warm_half()
+        self._warm_edits()
 
-    def _warm_half(self) -> None:
-        """Run what takes about half of the compilation: sending, and the edits of tables."""
-        transmit(self._batch, 0, self.tables.interfaces, self._io)
+    def _warm_edits(self) -> None:
+        """Run all that is compiled besides a burst: edits of tables, and the hands that go over them."""
         self.tables.warm_up()
+        defrag.expire(self._arrays, self._clock())
+        conntrack.expire(self._arrays, self._clock(), 0)
 
     def _warm_burst(self) -> None:
         pipeline.burst(self._batch, pipeline.LOADED, self._arrays, self._io, self._clock(), 0)
-        defrag.expire(self._arrays, self._clock())
-        conntrack.expire(self._arrays, self._clock(), 0)
 
     # --- the slow path -----------------------------------------------------------------------------------------------
 

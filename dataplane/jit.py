@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -56,25 +57,44 @@ def kernel(function: Function) -> Function:
     if INTERPRETED:
         return function
     options = {"error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True, "forceinline": True, "nogil": True}
-    compiled = numba.njit(cache=True, pipeline_class=linking.Entry, **options)(function)
-    _link_calls(compiled, numba.njit(pipeline_class=linking.Linked, **options)(function))
+    compiled = numba.njit(pipeline_class=linking.Entry, **options)(function)
+    _cache_from_first_use(compiled)
+    _link_calls(compiled, lambda: numba.njit(pipeline_class=linking.Linked, **options)(function))
     return cast(Function, compiled)
 
 
-def _link_calls(compiled: Any, linked: Any) -> None:
+def _cache_from_first_use(compiled: Any) -> None:
+    """Look for the cache on disk when Python first calls a kernel: most are only ever called by others.
+
+    400 kernels that each look for it when they are defined are a tenth of a warm start.
+    """
+
+    def compile_cached(signature: Any) -> Any:
+        del compiled.compile
+        compiled.enable_caching()
+        return compiled.compile(signature)
+
+    compiled.compile = compile_cached
+
+
+def _link_calls(compiled: Any, make_linked: Callable[[], Any]) -> None:
     """Let kernels that call this one take its linked twin, and pass every integer but uint64 as int64.
 
     numba compiles a kernel again for each type that a caller happens to have at hand: the literal 0, a uint16 column,
     an int32. One version instead of up to ten takes a quarter of the first start's compilation away.
     """
-    linked._insert = lambda *arguments: None  # it is never called from Python, and has nothing that could be
-    resolve = linked.get_call_template
+
+    @cache
+    def linked() -> Any:
+        twin = make_linked()
+        twin._insert = lambda *arguments: None  # it is never called from Python, and has nothing that could be
+        return twin
 
     def widened(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        return resolve(tuple(_widen(kind) for kind in arguments), keywords)
+        return linked().get_call_template(tuple(_widen(kind) for kind in arguments), keywords)
 
     compiled.get_call_template = widened
-    compiled.get_overload = linked.get_overload
+    compiled.get_overload = lambda signature: linked().get_overload(signature)
 
 
 def _widen(kind: Any) -> Any:

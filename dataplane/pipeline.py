@@ -6,7 +6,7 @@ Stage by stage over the whole batch, never one fused loop per packet: the fused 
 outgrow the L2 cache. A call from Python costs about 1 us, so a burst is one call whatever it does.
 """
 
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ from dataplane.tables.neighbour import NeighbourTable
 from dataplane.tables.persistence import TemplateTable
 from dataplane.tables.policy import PolicyTable
 from dataplane.tables.route import Kind, Route, RouteTable
-from dataplane.tables.service import ServiceTable
+from dataplane.tables.scheduler import Scheduler
+from dataplane.tables.service import Destination, Service, ServiceTable
 from dataplane.tables.vtep import VtepTable
 from dataplane.verdict import Reason, Verdict
 
@@ -86,6 +87,12 @@ class Tables:
             self.routes.delete(network)
         self.neighbours.delete(self.neighbours.insert(0, "192.0.2.1"))
         self.vteps.delete(self.vteps.insert("192.0.2.1", 0, 0, 0))
+        for scheduler in (Scheduler.RR, Scheduler.WRR, Scheduler.SH, Scheduler.MH):
+            address = IPv4Address("192.0.2.1")
+            row = self.services.set(6, address, 1, Service(scheduler))
+            self.services.add(row, address, 1, Destination())
+            self.services.remove(row, address, 1)
+            self.services.delete(row)
 
     @property
     def arrays(self) -> tuple[Any, ...]:

@@ -276,7 +276,7 @@ def test_an_empty_burst_is_nothing():
 def test_tables_warm_up_and_stay_as_they_were():
     tables = pipeline.Tables(seed=1)
     tables.warm_up()
-    assert (len(tables.routes), len(tables.neighbours), len(tables.vteps)) == (0, 0, 0)
+    assert (len(tables.routes), len(tables.neighbours), len(tables.vteps), len(tables.services)) == (0, 0, 0, 0)
 
 
 def test_a_tunneled_packet_goes_from_tunnel_to_pod_and_back():
