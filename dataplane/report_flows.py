@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dataplane.control.query import PROTOCOLS, Network, Query
-from dataplane.control.snapshot import FlowRow, Half, IcmpQuery, Translation
+from dataplane.control.snapshot import FlowRow, Half, IcmpQuery, Translation, endpoint_text
 from dataplane.jit import Array
 from dataplane.tables import flow
 from dataplane.tables.address import prefix_halves, to_address
@@ -254,7 +254,7 @@ class _Columns:
             "status": [name for name, bit in _BITS.items() if status & bit],
             "mark": of["mark"][i],
             "service": service,
-            "backend": _endpoint(answer["src"], answer["sport"]) if of["backend"][i] >= 0 else "",
+            "backend": endpoint_text(answer["src"], answer["sport"]) if of["backend"][i] >= 0 else "",
             "lb_state": LbState(of["lb_state"][i]).name if counted else "",
             "lb_timeout_s": max(0, of["lb_expires_ns"][i] - now) // _SECOND if counted else 0,
         }
@@ -324,7 +324,3 @@ def _word(protocol: int) -> str:
 @lru_cache(maxsize=1 << 14)
 def _text(hi: int, lo: int) -> str:
     return str(to_address(hi, lo))
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from dataplane.balance import Balancer
 from dataplane.control.query import Query
-from dataplane.control.snapshot import Balancing, EndpointRow, ServiceRow, ServiceTotals, TemplateRow
+from dataplane.control.snapshot import Balancing, EndpointRow, ServiceRow, ServiceTotals, TemplateRow, endpoint_text
 from dataplane.control.state import DesiredState, Service
 from dataplane.jit import Array
 from dataplane.tables.address import V4_BITS, Address, to_address
@@ -309,8 +309,7 @@ class ServiceReport:
         record = self._table.backends[at]
         if int(record["generation"]) != generation:
             return "-"
-        address = to_address(record["hi"], record["lo"])
-        return f"{address}:{record['port']}" if address.version == 4 else f"[{address}]:{record['port']}"
+        return endpoint_text(str(to_address(record["hi"], record["lo"])), int(record["port"]))
 
 
 class _Sums:

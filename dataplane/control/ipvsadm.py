@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, ip_address
 from typing import Any
 
-from dataplane.control.snapshot import EndpointRow, FlowRow, ServiceRow, TemplateRow
+from dataplane.control.snapshot import EndpointRow, FlowRow, ServiceRow, TemplateRow, endpoint_text
 
 VERSION = "1.2.1"
 _NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132}
@@ -76,8 +76,8 @@ def connections(flows: Iterable[FlowRow], templates: Iterable[TemplateRow]) -> s
     """
     lines = ["IPVS connection entries\n", _connection("pro", "expire", "state", "source", "virtual", "destination")]
     for row in templates:
-        virtual = _endpoint(row["virtual_address"], row["virtual_port"])
-        client = _endpoint(row["client"], 0)
+        virtual = endpoint_text(row["virtual_address"], row["virtual_port"])
+        client = endpoint_text(row["client"], 0)
         lines.append(_connection(row["protocol"], _expire(row["timeout_s"]), "NONE", client, virtual, row["backend"]))
     for flow in flows:
         if not flow["lb_state"]:
@@ -88,9 +88,9 @@ def connections(flows: Iterable[FlowRow], templates: Iterable[TemplateRow]) -> s
                 flow["protocol"].upper(),
                 _expire(flow["lb_timeout_s"]),
                 flow["lb_state"],
-                _endpoint(original["src"], original["sport"]),
-                _endpoint(original["dst"], original["dport"]),
-                _endpoint(reply["src"], reply["sport"]),
+                endpoint_text(original["src"], original["sport"]),
+                endpoint_text(original["dst"], original["dport"]),
+                endpoint_text(reply["src"], reply["sport"]),
             )
         )
     return "".join(lines)
@@ -134,17 +134,13 @@ def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _name(service: ServiceRow) -> str:
-    name = f"{service['protocol']:<4} {_endpoint(service['address'], service['port'])}"
+    name = f"{service['protocol']:<4} {endpoint_text(service['address'], service['port'])}"
     return name if ":" in service["address"] else name[:33]
 
 
 def _remote(row: EndpointRow) -> str:
-    name = _endpoint(row["address"], row["port"])
+    name = endpoint_text(row["address"], row["port"])
     return name if ":" in row["address"] else name[:28]
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _flags(service: ServiceRow) -> str:

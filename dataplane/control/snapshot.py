@@ -17,6 +17,11 @@ LIST_KINDS: tuple[ListKind, ...] = get_args(ListKind)
 """What may have a million rows: answered page by page, and filtered by a ``Query``."""
 
 
+def endpoint_text(address: str, port: int) -> str:
+    """Return ``address:port``, with brackets around an IPv6 address."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 class Status(TypedDict):
     """The process. ``since`` is seconds since the epoch, ``config`` the file's path or "built-in"."""
 

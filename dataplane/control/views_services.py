@@ -14,6 +14,7 @@ from dataplane.control.snapshot import (
     ServiceRow,
     TemplateRow,
     Translation,
+    endpoint_text,
 )
 from dataplane.control.views import View, as_rows
 
@@ -28,7 +29,7 @@ def services(rows: Sequence[ServiceRow]) -> View:
             (
                 _service(row),
                 _type(row),
-                f"{_endpoint(row['address'], row['port'])}/{row['protocol']}",
+                f"{endpoint_text(row['address'], row['port'])}/{row['protocol']}",
                 row["scheduler"],
                 f"{row['ready']}/{row['total']}",
                 row["active"],
@@ -48,7 +49,7 @@ def services_wide(rows: Sequence[ServiceRow]) -> View:
         ),
         as_rows(
             (
-                *(_service(row), row["type"], row["kind"], _endpoint(row["address"], row["port"]), row["protocol"]),
+                *(_service(row), row["type"], row["kind"], endpoint_text(row["address"], row["port"]), row["protocol"]),
                 *(row["scheduler"], ",".join(row["scheduler_flags"]) or "-", _affinity(row)),
                 *(f"{row['ready']}/{row['total']}", row["active"], row["inactive"], row["connections"]),
                 *(row["in_packets"], row["in_bytes"], row["out_packets"], row["out_bytes"], row["origin"]),
@@ -65,8 +66,8 @@ def endpoints(rows: Sequence[EndpointRow]) -> View:
         as_rows(
             (
                 row["service"] or "-",
-                f"{_endpoint(row['virtual_address'], row['virtual_port'])}/{row['protocol']}",
-                _endpoint(row["address"], row["port"]),
+                f"{endpoint_text(row['virtual_address'], row['virtual_port'])}/{row['protocol']}",
+                endpoint_text(row["address"], row["port"]),
                 row["weight"],
                 row["active"],
                 row["inactive"],
@@ -88,8 +89,8 @@ def endpoints_wide(rows: Sequence[EndpointRow]) -> View:
         as_rows(
             (
                 *(_service(row), row["kind"]),
-                f"{_endpoint(row['virtual_address'], row['virtual_port'])}/{row['protocol']}",
-                *(_endpoint(row["address"], row["port"]), row["weight"], row["active"], row["inactive"]),
+                f"{endpoint_text(row['virtual_address'], row['virtual_port'])}/{row['protocol']}",
+                *(endpoint_text(row["address"], row["port"]), row["weight"], row["active"], row["inactive"]),
                 *(row["persistent"], row["connections"], row["in_packets"], row["in_bytes"]),
                 *(row["out_packets"], row["out_bytes"], row["state"], row["node"] or "-"),
             )
@@ -161,7 +162,7 @@ def persistence(rows: Sequence[TemplateRow]) -> View:
             (
                 row["client"],
                 _service(row),
-                f"{_endpoint(row['virtual_address'], row['virtual_port'])}/{row['protocol']}",
+                f"{endpoint_text(row['virtual_address'], row['virtual_port'])}/{row['protocol']}",
                 row["backend"],
                 _time(row["timeout_s"]),
                 row["controls"],
@@ -211,10 +212,6 @@ def _affinity(row: ServiceRow) -> str:
     return _time(row["affinity_s"]) if row["affinity_s"] else "-"
 
 
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
 def _state(row: FlowRow) -> str:
     if row["state"]:
         return row["state"]
@@ -238,7 +235,7 @@ def _original(row: FlowRow) -> tuple[str, str]:
         return f"{half['src']} id {icmp['id']}", f"{half['dst']} type {icmp['type']}"
     if not half["sport"] and not half["dport"]:
         return half["src"], half["dst"]
-    return _endpoint(half["src"], half["sport"]), _endpoint(half["dst"], half["dport"])
+    return endpoint_text(half["src"], half["sport"]), endpoint_text(half["dst"], half["dport"])
 
 
 def _reply(row: FlowRow) -> tuple[str, str]:
@@ -247,16 +244,16 @@ def _reply(row: FlowRow) -> tuple[str, str]:
         return f"{half['src']} type {icmp['reply_type']}", f"{half['dst']} id {icmp['reply_id']}"
     if not half["sport"] and not half["dport"]:
         return half["src"], half["dst"]
-    return _endpoint(half["src"], half["sport"]), _endpoint(half["dst"], half["dport"])
+    return endpoint_text(half["src"], half["sport"]), endpoint_text(half["dst"], half["dport"])
 
 
 def _answerer(row: FlowRow) -> str:
     asked, answers = row["original"], row["reply"]
     same = (asked["dst"], asked["dport"]) == (answers["src"], answers["sport"])
-    return "" if same else _endpoint(answers["src"], answers["sport"])
+    return "" if same else endpoint_text(answers["src"], answers["sport"])
 
 
 def _translated(address: str, port: int, new_address: str, new_port: int) -> tuple[str, str]:
-    before = _endpoint(address, port) if port else address
-    after = _endpoint(new_address, new_port) if new_port else new_address
+    before = endpoint_text(address, port) if port else address
+    after = endpoint_text(new_address, new_port) if new_port else new_address
     return before, "=" if before == after else after
