@@ -129,6 +129,7 @@ class PolicyTable:
         self.policies: Array = np.zeros(capacity, POLICY)
         self.pools: Array = np.zeros(POOLS, RANGE)
         self._ranges: Array = np.zeros(64, RANGE)
+        self._end = 0  # of what is written of the ranges; those of services that have others by now are holes
         self._restricted: dict[int, tuple[Network, ...]] = {}
 
     @property
@@ -145,17 +146,14 @@ class PolicyTable:
         record["flags"] = flags | (0 if allowed is None else RESTRICTED)
         if allowed == held:
             return
-        if allowed is None:
-            del self._restricted[row]
-        else:
-            self._restricted[row] = allowed
-        self._pack()
+        self._restricted.pop(row, None)
+        if allowed is not None:
+            self._restrict(row, allowed)
 
     def clear(self, row: int) -> None:
         """Forget what is known of a service that is deleted."""
         self.policies[row] = np.zeros((), POLICY)
-        if self._restricted.pop(row, None) is not None:
-            self._pack()
+        self._restricted.pop(row, None)
 
     def ranges(self, row: int) -> tuple[Network, ...] | None:
         """Return the source ranges of a service, None if everybody may come."""
@@ -174,17 +172,21 @@ class PolicyTable:
         for k, (pool, prefix) in enumerate(given):
             self.pools[k] = _record(prefix, pool)
 
-    def _pack(self) -> None:
-        """Write the ranges of all services one after the other."""
-        records = [_record(prefix) for prefixes in self._restricted.values() for prefix in prefixes]
-        fresh = np.zeros(max(64, len(self._ranges), len(records)), RANGE)
-        at = 0
-        for row, prefixes in self._restricted.items():
-            self.policies[row]["first"], self.policies[row]["count"] = at, len(prefixes)
-            at += len(prefixes)
-        for k, record in enumerate(records):
-            fresh[k] = record
-        self._ranges = fresh
+    def _restrict(self, row: int, allowed: tuple[Network, ...]) -> None:
+        """Write the ranges of a service behind the others, which move together when there is no room."""
+        if self._end + len(allowed) > len(self._ranges):
+            count = sum(map(len, self._restricted.values())) + len(allowed)
+            self._ranges, self._end = np.zeros(max(64, 2 * count), RANGE), 0
+            for other, prefixes in self._restricted.items():
+                self._write(other, prefixes)
+        self._write(row, allowed)
+        self._restricted[row] = allowed
+
+    def _write(self, row: int, prefixes: tuple[Network, ...]) -> None:
+        self.policies[row]["first"], self.policies[row]["count"] = self._end, len(prefixes)
+        for prefix in prefixes:
+            self._ranges[self._end] = _record(prefix)
+            self._end += 1
 
 
 def _record(prefix: Network, pool: Pool = Pool.END) -> tuple[int, ...]:

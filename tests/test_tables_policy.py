@@ -69,6 +69,26 @@ def test_ranges_of_several_services_do_not_mix():
     assert table.ranges(2) == (ip_network("203.0.113.0/24"),)
 
 
+def test_ranges_that_are_given_again_and_again_take_no_more_room():
+    table = PolicyTable(8)
+    for turn in range(200):
+        for row in range(8):
+            table.set(row, Exposure.LOAD_BALANCER, 0, [ip_network(f"10.{row}.{turn}.0/24")] * (turn % 3))
+    assert len(table.arrays[1]) == 64
+    assert [allowed(table, row, f"10.{row}.199.1") for row in range(8)] == [True] * 8
+    assert [allowed(table, row, f"10.{row + 1}.199.1") for row in range(8)] == [False] * 8
+
+
+def test_ranges_of_another_service_move_only_when_there_is_no_room():
+    table, moves = PolicyTable(1 << 12), 0
+    for row in range(1 << 12):
+        before = table.arrays[1]
+        table.set(row, Exposure.LOAD_BALANCER, 0, [ip_network(f"10.{row >> 8}.{row & 0xFF}.0/24")])
+        moves += table.arrays[1] is not before
+    assert moves <= 12
+    assert all(allowed(table, row, f"10.{row >> 8}.{row & 0xFF}.1") for row in range(0, 1 << 12, 97))
+
+
 def test_a_prefix_is_in_the_pool_it_is_listed_for():
     table = PolicyTable(8)
     assert not policy.has_pool(table.arrays, Pool.CLUSTER)
