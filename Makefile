@@ -1,4 +1,4 @@
-# make run     set up, and be a node with two pods (root)
+# make run     set up, and be a node with three pods and a service (root)
 # make test    set up (Debian packages too, as root), and run every test
 # make lint    ruff and mypy
 # make bench   every benchmark, beside its references

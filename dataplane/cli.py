@@ -61,7 +61,7 @@ def cli() -> None:
 
     \b
     Start here:
-      dataplane run                         a node with two pods (as root)
+      dataplane run                         a node with three pods and a service (as root)
       dataplane check node.toml             is this file right?
       dataplane show drops                  what was dropped, and why
       dataplane show services               where services are, and who answers

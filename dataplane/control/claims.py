@@ -11,10 +11,8 @@ from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 from dataplane.control.services import claims, node_port_addresses, virtual_addresses
 from dataplane.control.state import Address, DesiredState, Network, Protocol
 
-SHARED_PORTS = (
-    61000,
-    65535,
-)  # beside net.ipv4.ip_local_port_range, 32768-60999: the host's own clients never have them
+# Beside net.ipv4.ip_local_port_range, 32768-60999: the host's own clients never have them.
+SHARED_PORTS = (61000, 65535)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the control API answers. The only file that needs aiohttp; ``api.start`` imports it when packets flow."""
+"""What the control API answers. The file needs aiohttp, so ``api.start`` imports it only when packets flow."""
 
 import asyncio
 import json
