@@ -101,7 +101,7 @@ WHO = [
 
 @pytest.mark.parametrize(("wanted", "node"), [row[1:] for row in WHO], ids=[row[0] for row in WHO])
 def test_the_owner_is(wanted, node):
-    assert owner(wanted, state(wanted)) == node
+    assert owner(ADDRESS, state(wanted)) == node
 
 
 @pytest.mark.parametrize(("wanted", "node"), [row[1:] for row in WHO], ids=[row[0] for row in WHO])
@@ -113,14 +113,43 @@ def test_exactly_the_owner_announces(wanted, node):
 
 def test_all_addresses_of_a_service_have_the_owner_of_the_first():
     both = replace(service(HERE), load_balancer_ips=(ADDRESS, IPv6Address("2001:db8::200"), IPv4Address("192.0.2.203")))
-    assert owner(both, state(both)) == "node2"
+    assert [owner(address, state(both)) for address in both.load_balancer_ips] == ["node2"] * 3
     assert announced(state(both, me=2, peers=(1, 3))) == {ADDRESS, IPv4Address("192.0.2.203")}
     assert announced(state(both)) == frozenset()
 
 
 def test_a_service_without_a_load_balancer_has_no_owner():
     plain = replace(service(HERE), load_balancer_ips=())
-    assert owner(plain, state(plain)) is None
+    assert owner(ADDRESS, state(plain)) is None
+
+
+def local(*endpoints: Endpoint) -> Service:
+    return service(*endpoints, external_policy="Local")
+
+
+OTHER = IPv4Address("192.0.2.203")
+SHARED = [
+    ("two that are everywhere", service(HERE), service(THERE), "node2"),
+    ("one that is local", service(HERE), local(UNNAMED), "node3"),
+    ("two that are local, with one node in common", local(HERE, UNNAMED), local(HERE), "node1"),
+    ("two that are local on different nodes", local(HERE), local(UNNAMED), "node3"),
+    ("one that has no endpoint", local(), local(HERE), "node1"),
+    (
+        "one for which it is the second",
+        replace(service(HERE), load_balancer_ips=(OTHER, ADDRESS)),
+        service(HERE),
+        "node2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "node"), [row[1:] for row in SHARED], ids=[row[0] for row in SHARED])
+def test_an_address_that_services_share_has_one_owner(one, other, node):
+    services = replace(one, name="one"), replace(other, name="other")
+    nodes = [1, 2, 3]
+    states = {f"node{me}": state(*services, me=me, peers=tuple(n for n in nodes if n != me)) for me in nodes}
+    assert [name for name, each in states.items() if ADDRESS in announced(each)] == [node]
+    assert {owner(ADDRESS, each) for each in states.values()} == {node}
 
 
 def test_the_nodes_own_address_is_announced_only_on_an_uplink_of_our_own():

@@ -5,6 +5,9 @@ sha256("node#address"). So a node that is removed never moves an address of anot
 only those that it wins (rendezvous hashing). Eligible are this node and its configured peers; with external traffic
 policy Local only those that have a serving endpoint. An address without any serving endpoint is announced by nobody.
 
+Services may share an address, on different ports. It has one owner all the same: a node that is eligible for all of
+them, if there is one. (MetalLB does not hand out an address twice where that could not be.)
+
 A new owner sends a gratuitous ARP request and a gratuitous reply at once, since stations differ in which of them they
 believe, again every 1.1 s for 5 s, and from then on once a minute: a switch or a router that has forgotten, or was told
 otherwise, learns it again without a failover (metallb#2910).
@@ -35,9 +38,9 @@ def winner(nodes: Iterable[str], address: Address) -> str | None:
     return min(nodes, key=lambda node: hashlib.sha256(f"{node}#{address}".encode()).digest(), default=None)
 
 
-def owner(service: Service, state: DesiredState) -> str | None:
-    """Return the node that announces a service's addresses, all of them: the first one decides."""
-    return _owner(service, state, Surroundings.of(state))
+def owner(address: Address, state: DesiredState) -> str | None:
+    """Return the node that announces a load balancer's address; None: nobody does."""
+    return _owner(_sharing(state).get(address, []), state, Surroundings.of(state))
 
 
 def announced(state: DesiredState) -> frozenset[IPv4Address]:
@@ -46,10 +49,10 @@ def announced(state: DesiredState) -> frozenset[IPv4Address]:
         return frozenset()
     around = Surroundings.of(state)
     addresses: set[Address] = set() if state.uplink.shared else set(state.node.addresses)
-    for service in state.services:
-        if _owner(service, state, around) == state.node.name:
-            # On a shared uplink the host's stack answers for the node's addresses, also when a service has one.
-            addresses |= set(service.load_balancer_ips) - set(state.node.addresses)
+    # On a shared uplink the host's stack answers for the node's addresses, also when a service has one.
+    for address, services in _sharing(state).items():
+        if address not in state.node.addresses and _owner(services, state, around) == state.node.name:
+            addresses.add(address)
     return frozenset(address for address in addresses if isinstance(address, IPv4Address))
 
 
@@ -117,16 +120,35 @@ class Announcer:
         return frames
 
 
-def _owner(service: Service, state: DesiredState, around: Surroundings) -> str | None:
-    if not service.load_balancer_ips:
+def _sharing(state: DesiredState) -> dict[Address, list[Service]]:
+    """Return the services of each load balancer's address."""
+    sharing: dict[Address, list[Service]] = {}
+    for service in state.services:
+        for address in service.load_balancer_ips:
+            sharing.setdefault(address, []).append(service)
+    return sharing
+
+
+def _owner(services: list[Service], state: DesiredState, around: Surroundings) -> str | None:
+    """Return the owner of an address that these services have; their first addresses decide for the others."""
+    eligible = [nodes for service in services if (nodes := _eligible(service, state, around))]
+    if not eligible:
         return None
+    nodes = frozenset.intersection(*eligible) or frozenset.union(*eligible)
+    return winner(nodes, min((service.load_balancer_ips[0] for service in services), key=_order))
+
+
+def _order(address: Address) -> tuple[int, int]:
+    return address.version, int(address)
+
+
+def _eligible(service: Service, state: DesiredState, around: Surroundings) -> frozenset[str]:
+    """Return the nodes that may announce a service; none if it has no serving endpoint."""
     serving = [each for each in service.endpoints if _is_serving(service, each)]
-    if not serving:
-        return None
-    nodes = {state.node.name, *(peer.name for peer in state.peers)}
+    nodes = frozenset((state.node.name, *(peer.name for peer in state.peers))) if serving else frozenset()
     if service.external_policy == "Local":
         nodes &= {_node_of(endpoint, state, around) for endpoint in serving}
-    return winner(nodes, service.load_balancer_ips[0])
+    return nodes
 
 
 def _is_serving(service: Service, endpoint: Endpoint) -> bool:
