@@ -25,7 +25,6 @@ A, B, GATEWAY, GATEWAY_MAC = "10.244.1.10", "10.244.1.20", "169.254.1.1", "ee:ee
 MTU = 1450
 ROOT = Path(__file__).parent.parent
 NAMESPACES = Path("/run/netns")
-READY_SECONDS = 300.0  # the first start compiles
 SENDER_CPU, FORWARDER_CPU = "0", "1"
 
 NODE = """

@@ -23,7 +23,6 @@ from tests.world import World
 GATEWAY = "169.254.1.1"
 NOBODY = "0.0.0.0"
 NOWHERE = "8.8.8.8"
-ZERO_MAC = "00:00:00:00:00:00"
 OTHER_MAC = "02:00:00:00:00:99"
 
 

@@ -239,7 +239,6 @@ def test_mtu_is_the_egress_links_whoever_sent(world, iif):
 
 # --- super-frames ----------------------------------------------------------------------------------------------------
 
-TCP_HEADERS = 40
 GSO = [
     ("segments that fit", tcp, b.GSO_TCPV4, w.POD_MTU - 40, "DF", Reason.ACCEPTED, w.POD_MTU - 40),
     ("segments too large, with DF", tcp, b.GSO_TCPV4, w.POD_MTU - 39, "DF", Reason.MTU_DF, w.POD_MTU - 39),

@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 from tests.netns.harness import Namespace, Network, Node
 from tests.netns.peers import POD_MTU, Member
 
-PREFIX_LENGTH = 24
-
 
 def member(network: Network, number: int, address: str = "") -> Member:
     """Return the n-th node of a cluster: 192.0.2.1n with the pods 10.244.n.0/24."""

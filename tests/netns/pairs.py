@@ -9,8 +9,6 @@ import pytest
 from tests.netns import checks
 from tests.netns.ours import Pair, assert_balanced, set_offloads
 
-UNDERLAY_MTU = 1500
-
 
 @pytest.fixture(scope="module", params=["on", "off"], ids=["offloads", "no-offloads"])
 def offloads(pair: Pair, request: pytest.FixtureRequest) -> str:

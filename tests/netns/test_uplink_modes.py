@@ -34,7 +34,6 @@ VIP, TUNNEL = "10.96.0.20", "10.244.1.0"
 NODE_PORT, OTHER_PORT, CLOSED_PORT = 30080, 30090, 30099
 OUTSIDE_PORT = 8000
 SHARED, OWN = True, False
-MODES = pytest.mark.parametrize("shared", [SHARED, OWN], ids=["shared", "own"])
 
 
 @dataclass(frozen=True)
