@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.netns.harness import Network
+from tests.netns.harness import Namespace, Network
+from tests.netns.services import Cluster, Spot
 
 RESULTS: pytest.StashKey[dict[tuple[str, str], list[tuple[str, bool]]]] = pytest.StashKey()
 HEAD = """# Conformance
@@ -74,3 +75,18 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     """A network without anything in it."""
     with Network(tmp_path_factory.mktemp("network")) as made:
         yield made
+
+
+# The cluster is a module's own: which nodes and pods it has is what the tests of that module are about.
+
+
+@pytest.fixture
+def spot(cluster: Cluster) -> Spot:
+    """The addresses and ports of one test, which no other has."""
+    return cluster.spot()
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Namespace:
+    """The namespace of the pod that asks."""
+    return cluster.pods["client"].namespace

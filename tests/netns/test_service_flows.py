@@ -21,7 +21,6 @@ from tests.netns.services import (
     BALANCING,
     HTTP,
     Cluster,
-    Spot,
     both,
     e2e,
     make_cluster,
@@ -66,16 +65,6 @@ def cluster(network: Network) -> Cluster:
 def _balanced(cluster: Cluster):
     yield
     assert_balanced(cluster.node)
-
-
-@pytest.fixture
-def spot(cluster: Cluster) -> Spot:
-    return cluster.spot()
-
-
-@pytest.fixture
-def client(cluster: Cluster) -> Namespace:
-    return cluster.pods["client"].namespace
 
 
 # --- UDP -------------------------------------------------------------------------------------------------------------

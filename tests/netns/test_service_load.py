@@ -26,11 +26,6 @@ def cluster(network: Network) -> Cluster:
     return made
 
 
-@pytest.fixture
-def spot(cluster: Cluster) -> Spot:
-    return cluster.spot()
-
-
 def start(cluster: Cluster, spot: Spot, count: int) -> Process:
     client = cluster.where("client")
     return client.spawn(*client.tool("../netexec", "load", spot.vip, 80, count, PARALLEL, *SIZES))

@@ -21,7 +21,6 @@ from tests.netns.services import (
     HTTP,
     UDP_PORT,
     Cluster,
-    Spot,
     both,
     e2e,
     make_cluster,
@@ -53,11 +52,6 @@ def _balanced(cluster: Cluster):
     yield
     for node in cluster.nodes:
         assert_balanced(node)
-
-
-@pytest.fixture
-def spot(cluster: Cluster) -> Spot:
-    return cluster.spot()
 
 
 @contextmanager

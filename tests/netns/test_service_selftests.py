@@ -29,7 +29,6 @@ from tests.netns.services import (
     VIPS,
     Cluster,
     Pod,
-    Spot,
     both,
     make_cluster,
     port,
@@ -90,11 +89,6 @@ def cluster(network: Network, router: Namespace, server: Namespace) -> Cluster:
 def _balanced(cluster: Cluster):
     yield
     assert_balanced(cluster.node)
-
-
-@pytest.fixture
-def spot(cluster: Cluster) -> Spot:
-    return cluster.spot()
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 
 from dataplane.control import client as control
 from dataplane.control.query import parse
-from tests.netns.harness import Namespace, Network, eventually
-from tests.netns.services import HTTP, Cluster, Spot, both, make_cluster, port, service
+from tests.netns.harness import Network, eventually
+from tests.netns.services import HTTP, Cluster, both, make_cluster, port, service
 from tests.netns.sockets import ask_tcp, ask_udp, inside, tcp_socket
 
 pytestmark = pytest.mark.netns
@@ -35,16 +35,6 @@ LINE = re.compile(
 @pytest.fixture(scope="module")
 def cluster(network: Network) -> Cluster:
     return make_cluster(network, [{"client": CLIENT, "s1": S1, "s2": S2}])
-
-
-@pytest.fixture
-def spot(cluster: Cluster) -> Spot:
-    return cluster.spot()
-
-
-@pytest.fixture
-def client(cluster: Cluster) -> Namespace:
-    return cluster.pods["client"].namespace
 
 
 def lines(cluster: Cluster, *words: str) -> list[dict[str, Any]]:
