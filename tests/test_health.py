@@ -6,6 +6,7 @@ import logging
 import socket
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -16,6 +17,7 @@ from dataplane.control.state import Balancing, DesiredState, Node, Service
 from tests.service_states import endpoint, state, web
 
 LOOPBACK = IPv4Address("127.0.0.2")
+ANOTHER = IPv4Address("127.0.0.3")
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def port() -> int:
 @pytest.fixture
 def listening(monkeypatch):
     """Let the node's address be one of the loopback interface, which it never is."""
-    monkeypatch.setattr("dataplane.control.services.node_port_addresses", lambda addresses, prefixes: (LOOPBACK,))
+    monkeypatch.setattr("dataplane.control.services.node_port_addresses", lambda addresses, _: addresses)
 
 
 def desired(*services: Service, **fields: Any) -> DesiredState:
@@ -39,9 +41,9 @@ def checked(port: int, *given, **fields) -> Service:
     return web(*given, type="LoadBalancer", external_policy="Local", health_check_node_port=port, **fields)
 
 
-def ask(port: int, path: str = "/") -> tuple[int, dict[str, str], Any]:
+def ask(port: int, path: str = "/", host: str = "127.0.0.2") -> tuple[int, dict[str, str], Any]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.2:{port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=10) as answer:
             return answer.status, dict(answer.headers), json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -103,21 +105,38 @@ def test_listeners_come_and_go_with_their_services(listening, port):
     assert asyncio.run(run()) == ([[port], [], [port]], [])
 
 
-def test_a_port_that_is_taken_is_said_and_the_node_goes_on(listening, port, caplog):
+def test_listeners_follow_the_addresses_of_node_ports(listening, port):
     async def run():
         server = HealthServer()
-        await server.update(desired(checked(port)))
+        for address in (LOOPBACK, ANOTHER):
+            await server.update(replace(desired(checked(port)), node=Node("node1", addresses=(address,))))
+        with pytest.raises(OSError, match="refused"):
+            await asyncio.to_thread(ask, port)
+        answer = await asyncio.to_thread(ask, port, host=str(ANOTHER))
         await server.close()
+        return answer
 
-    with socket.socket() as other:
-        other.bind(("127.0.0.2", port))
-        other.listen()
-        with caplog.at_level(logging.WARNING):
-            asyncio.run(run())
-    assert (
-        f"health check cannot listen service=default/web address=127.0.0.2:{port}: Address already in use"
-        in caplog.text
-    )
+    assert asyncio.run(run())[0] == 503
+
+
+def test_a_port_that_is_taken_is_said_once_and_listened_on_when_it_is_free(listening, port, caplog):
+    async def run():
+        server = HealthServer()
+        with socket.socket() as other:
+            other.bind(("127.0.0.2", port))
+            other.listen()
+            for _ in range(2):
+                await server.update(desired(checked(port)))
+                assert server.ports == []
+        await server.update(desired(checked(port)))
+        answer = await asyncio.to_thread(ask, port)
+        await server.close()
+        return answer
+
+    with caplog.at_level(logging.WARNING):
+        assert asyncio.run(run())[0] == 503
+    text = f"health check cannot listen service=default/web address=127.0.0.2:{port}: Address already in use"
+    assert caplog.messages == [text]
 
 
 def test_nothing_is_opened_without_such_a_service():

@@ -11,7 +11,8 @@ import json
 import logging
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, TypeAlias
 
 from dataplane.control.services import Surroundings, local_ready
 from dataplane.control.state import Address, DesiredState
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _IP_FREEBIND = 15  # linux/in.h: the node's address may be on an interface that is not up yet
 _GRACE_S = 1.0
+
+_Place: TypeAlias = tuple[Address, int]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,11 @@ class Health:
     namespace: str
     name: str
     endpoints: int
+
+    @property
+    def service(self) -> str:
+        """``namespace/name``."""
+        return f"{self.namespace}/{self.name}"
 
     @property
     def status(self) -> int:
@@ -46,6 +54,9 @@ class Health:
         return json.dumps(answer, indent="\t")
 
 
+_GONE = Health("", "", 0)  # of a request that was still under way when its service went
+
+
 def healths(state: DesiredState) -> dict[int, Health]:
     """Return what to answer on which port."""
     around = Surroundings.of(state)
@@ -57,38 +68,44 @@ def healths(state: DesiredState) -> dict[int, Health]:
 
 
 class HealthServer:
-    """The listeners, and the answers as of the last ``update``."""
+    """The listeners, and the answers as of the last ``update``.
+
+    A port that another process has is tried again with every update, and said once.
+    """
 
     def __init__(self) -> None:
         self._answers: dict[int, Health] = {}
-        self._addresses: tuple[Address, ...] = ()
-        self._runners: dict[int, web.ServerRunner] = {}
+        self._runners: dict[_Place, web.ServerRunner] = {}
+        self._refused: set[_Place] = set()
 
     @property
     def ports(self) -> list[int]:
         """The ports that are listened on."""
-        return sorted(self._runners)
+        return sorted({port for _, port in self._runners})
 
     async def update(self, state: DesiredState) -> None:
         """Follow a new state: open and close listeners, and answer for the endpoints that there are now."""
         self._answers = healths(state)
-        self._addresses = Surroundings.of(state).node_port_addresses
-        for port in self._runners.keys() - self._answers.keys():
-            await self._runners.pop(port).cleanup()
-        for port in sorted(self._answers.keys() - self._runners.keys()):
-            await self._open(port)
+        wanted = set(product(Surroundings.of(state).node_port_addresses, self._answers))
+        for place in self._runners.keys() - wanted:
+            await self._runners.pop(place).cleanup()
+        self._refused &= wanted
+        for place in sorted(wanted - self._runners.keys(), key=str):
+            await self._open(place)
 
     async def close(self) -> None:
         """Close all listeners."""
         while self._runners:
             await self._runners.popitem()[1].cleanup()
 
-    async def _open(self, port: int) -> None:
+    async def _open(self, place: _Place) -> None:
         await asyncio.to_thread(importlib.import_module, "aiohttp.web")  # packets flow meanwhile
         from aiohttp import web
 
+        address, port = place
+
         async def answer(_: web.BaseRequest) -> web.StreamResponse:
-            health = self._answers[port]
+            health = self._answers.get(port, _GONE)
             headers = {"X-Content-Type-Options": "nosniff", "X-Load-Balancing-Endpoint-Weight": str(health.endpoints)}
             return web.Response(
                 status=health.status, text=health.body, content_type="application/json", headers=headers
@@ -96,14 +113,17 @@ class HealthServer:
 
         runner = web.ServerRunner(web.Server(answer, access_log=None), shutdown_timeout=_GRACE_S)
         await runner.setup()
-        health = self._answers[port]
-        for address in self._addresses:
-            try:
-                await web.SockSite(runner, _listen(address, port)).start()
-            except OSError as error:
-                text = "health check cannot listen service=%s/%s address=%s:%d: %s"
-                log.warning(text, health.namespace, health.name, address, port, error.strerror)
-        self._runners[port] = runner
+        try:
+            await web.SockSite(runner, _listen(address, port)).start()
+        except OSError as error:
+            await runner.cleanup()
+            if place not in self._refused:
+                self._refused.add(place)
+                text = "health check cannot listen service=%s address=%s:%d: %s"
+                log.warning(text, self._answers[port].service, address, port, error.strerror)
+            return
+        self._refused.discard(place)
+        self._runners[place] = runner
 
 
 def _listen(address: Address, port: int) -> socket.socket:
