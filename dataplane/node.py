@@ -103,7 +103,7 @@ class Node:
 
     async def _restore(self, interface: str) -> None:
         async with self._changing:
-            if interface not in self.wiring.links:
+            if interface not in self.wiring.links or self.stopping.is_set():
                 return
             pod = self.wiring.links[interface].pod
             try:
@@ -116,7 +116,8 @@ class Node:
     async def _restore_host(self) -> None:
         async with self._changing:
             state = self.wiring.state
-            assert state is not None
+            if state is None or self.stopping.is_set():
+                return
             try:
                 await self.host.restore(state, self._ours)
             except (NetlinkError, DeviceError) as error:
@@ -151,6 +152,8 @@ class Node:
     async def reload(self) -> Reload:
         """Read the configuration again: apply all of it, or nothing. What the API has changed stays."""
         async with self._changing:
+            if self.stopping.is_set():
+                return _STOPPING
             try:
                 fresh, overlay = await asyncio.to_thread(_loaded, self.settings.path, self._overlay)
             except config.ConfigError as error:
@@ -207,6 +210,8 @@ class Node:
     async def _edit(self, name: str, *values: Any) -> Reload:
         """Carry out an edit of ``config_edit``, which is made in a thread: its models take 50 ms the first time."""
         async with self._changing:
+            if self.stopping.is_set():
+                return _STOPPING
             assert self.wiring.state is not None
             try:
                 overlay = await asyncio.to_thread(_edited, name, values, self._overlay, self.wiring.state)
@@ -233,9 +238,10 @@ class Node:
     async def stop(self) -> None:
         """Forward what is queued, then take everything away that the node has made."""
         self.report.ready = False
-        await self._health.close()
+        self.stopping.set()
         self.engine.drain()
-        async with self._changing:
+        async with self._changing:  # an edit that is under way comes first, and those behind it are refused
+            await self._health.close()
             if self.wiring.state is not None:
                 await self.wiring.apply(reconcile.plan(self.wiring.state, None), self.wiring.state)
         self.engine.stop()
@@ -247,6 +253,9 @@ class Node:
 
 def _refused(*errors: str) -> Reload:
     return {"applied": [], "errors": list(errors)}
+
+
+_STOPPING = _refused("the node is stopping")
 
 
 def _loaded(path: Path | None, overlay: Overlay) -> tuple[Settings, Overlay]:

@@ -48,7 +48,8 @@ def run(tmp_path) -> Callable[[Callable[[Node, Path], Coroutine[Any, Any, None]]
         try:
             yield node
         finally:
-            await node.stop()
+            if not node.stopping.is_set():
+                await node.stop()
 
     async def whole(body: Callable[[Node, Path], Coroutine[Any, Any, None]]) -> None:
         async with started() as node:
@@ -187,5 +188,19 @@ def test_every_edit_of_routes_is_another_generation(run):
         assert int(node.tables.settings[ROUTE_GENERATION]) == before
         await node.set_service(DB)
         assert int(node.tables.settings[ROUTE_GENERATION]) == before + 1
+
+    run(body)
+
+
+def test_a_node_that_stops_takes_no_more_edits(run):
+    async def body(node: Node, _: Path) -> None:
+        edits = [asyncio.ensure_future(node.add_endpoint("default", "web", {"ip": "10.244.1.20"})) for _ in range(3)]
+        await asyncio.sleep(0)  # the first of them has the lock
+        stopping = asyncio.ensure_future(node.stop())
+        late = asyncio.ensure_future(node.reload())
+        results = [result["errors"] for result in await asyncio.gather(*edits, late)]
+        await stopping
+        assert results == [[], *[["the node is stopping"]] * 3]
+        assert len(node.tables.services) == 0
 
     run(body)
