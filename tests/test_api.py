@@ -268,16 +268,29 @@ def test_names_of_any_letters_arrive_as_they_were_sent(path):
     ]
 
 
-@pytest.mark.parametrize("body", ["[]", "{", "1"])
-def test_a_body_that_is_no_object_is_refused(body, path):
+BODIES = {
+    "a list": (b"[]", 422, "the body is not a JSON object"),
+    "a number": (b"1", 422, "the body is not a JSON object"),
+    "half an object": (b"{", 422, "the body is not JSON: "),
+    "no text": (b'{"type": "\xff"}', 422, "the body is not JSON: 'utf-8' codec can't decode byte 0xff"),
+    "too deep": (b'{"ports":' + b"[" * 200_000, 422, "the body is not JSON: maximum recursion depth"),
+    "too long a number": (b'{"weight": ' + b"9" * 5000 + b"}", 422, "the body is not JSON: Exceeds the limit"),
+    "too large": (b'{"type": "' + b"x" * (1 << 20) + b'"}', 413, "Maximum request body size 1048576 exceeded"),
+}
+
+
+@pytest.mark.parametrize(("body", "code", "message"), BODIES.values(), ids=BODIES)
+def test_a_body_that_is_no_object_is_refused(body, code, message, path, caplog):
     node = FakeNode()
     with serving(node, path):
         connection = client._Connection(path)
-        connection.request("PUT", "/v1/services/default/web", body.encode())
+        connection.request("PUT", "/v1/services/default/web", body, {"Content-Type": "image/png; charset=klingon"})
         response = connection.getresponse()
-        assert (response.status, json.loads(response.read())["error"]) == (422, "refused")
+        assert response.status == code
+        assert json.loads(response.read())["message"].startswith(message)
         connection.close()
     assert node.edits == []
+    assert caplog.messages == []
 
 
 def test_what_does_not_exist_is_not_found(path):
@@ -478,6 +491,7 @@ def test_services_and_flows_are_metrics_under_kube_proxys_names_where_it_has_the
     assert found["dataplane_conntrack_entries", ()] == 4
     assert found["dataplane_conntrack_entries_limit", ()] == 262144
     assert found["dataplane_conntrack_stat_insert_total", ()] == 9
+    assert found["dataplane_conntrack_stat_out_of_window_total", ()] == 7
     assert found["dataplane_virtual_services", ()] == 2
     assert found["dataplane_service_connections_total", ("http", "TCP", "default/web")] == 12
     assert found["dataplane_service_open_connections", ("", "UDP", "kube-system/dns", "inactive")] == 3

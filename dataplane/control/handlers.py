@@ -156,10 +156,10 @@ def _service(request: web.Request) -> tuple[str, str]:
 
 
 async def _body(request: web.Request) -> Mapping[str, Any]:
-    text = await request.text()
+    content = await request.read()
     try:
-        body = json.loads(text) if text else {}
-    except ValueError as error:
+        body = json.loads(content.decode()) if content else {}
+    except (ValueError, RecursionError) as error:
         raise query.QueryError(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise query.QueryError("the body is not a JSON object")
@@ -176,6 +176,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except web.HTTPNotFound:
         return _error(404, "not-found", f"no such resource: {request.path}")
+    except web.HTTPRequestEntityTooLarge as error:
+        return _error(error.status, "too-large", str(error.text))
     except web.HTTPException as error:
         return _error(error.status, error.reason.lower().replace(" ", "-"), f"{request.method} {request.path}")
     except MissingError as error:
