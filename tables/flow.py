@@ -107,7 +107,11 @@ FREED = 3  # rows on the stack of those that were
 
 
 class Count(IntEnum):
-    """Indices of ``state`` too: what ``conntrack -S`` counts, in its order. The stage counts what it decides."""
+    """Indices of ``state`` too: what ``conntrack -S`` counts, in its order, and what it lacks.
+
+    The stage counts what it decides. The names that nothing here stands for (one thread never searches again, and never
+    finds that a clash was none) stay 0.
+    """
 
     FOUND = 8
     INVALID = 9
@@ -119,6 +123,7 @@ class Count(IntEnum):
     SEARCH_RESTART = 15
     CLASH_RESOLVE = 16
     CHAINTOOLONG = 17
+    OUT_OF_WINDOW = 18  # TCP segments, passed or not
 
 
 STATE_COUNT = 24
@@ -471,5 +476,5 @@ class FlowTable:
 
     @property
     def counters(self) -> dict[str, int]:
-        """What was counted since the start, by the names of ``conntrack -S``."""
+        """What was counted since the start, by the names of ``Count`` in lower case."""
         return {count.name.lower(): int(self.state[count]) for count in Count}

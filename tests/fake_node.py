@@ -349,6 +349,7 @@ def snapshots() -> dict[str, Any]:
             "search_restart": 0,
             "clash_resolve": 0,
             "chaintoolong": 0,
+            "out_of_window": 7,
         },
         "balancing": {
             "services": 2,

@@ -8,7 +8,7 @@ from dataplane import batch as b
 from dataplane.jit import Array
 from dataplane.stages import tcp
 from dataplane.stages.parse import parse_frame
-from dataplane.tables.flow import ASSURED, SEEN_REPLY, FlowTable, TcpState, Timeout, make_timeouts
+from dataplane.tables.flow import ASSURED, SEEN_REPLY, Count, FlowTable, TcpState, Timeout, make_timeouts
 from dataplane.verdict import Reason
 from tests.tcp_segments import SERVER_MAC, Entry, Segment, Settings, Step
 
@@ -48,7 +48,7 @@ class Kernels:
 
     @property
     def out_of_window(self) -> int:
-        return int(self.table.state[tcp.OUT_OF_WINDOW])
+        return int(self.table.state[Count.OUT_OF_WINDOW])
 
     def half(self, direction: int) -> Any:
         return self.table.tuples[2 * ROW + direction]

@@ -373,9 +373,9 @@ def test_a_table_for_four_million_flows_uses_memory_as_flows_come():
     assert resident() - before < 64 << 20
 
 
-def test_the_counters_have_conntracks_names_in_its_order():
+def test_the_counters_have_conntracks_names_in_its_order_and_then_our_own():
     names = "found invalid insert insert_failed drop early_drop error search_restart clash_resolve chaintoolong"
-    assert list(FlowTable(4).counters) == names.split()
+    assert list(FlowTable(4).counters) == [*names.split(), "out_of_window"]
     table = filled(3)
     table.state[Count.DROP] += 2
     assert (table.counters["insert"], table.counters["drop"]) == (3, 2)

@@ -157,6 +157,7 @@ def _conntrack(stats: ConntrackStats) -> Iterator[Metric]:
         "search_restart": "Lookups that were begun again.",
         "clash_resolve": "Clashing flows that became one.",
         "chaintoolong": "Flows not entered because their slots' neighborhood is full.",
+        "out_of_window": "TCP segments outside the window, dropped or let pass.",
     }
     rows: dict[str, Any] = dict(stats)
     yield _gauge("dataplane_conntrack_entries", "Flows that are tracked.", stats["flows"])

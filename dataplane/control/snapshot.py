@@ -302,7 +302,10 @@ class TemplateRow(TypedDict):
 
 
 class ConntrackStats(TypedDict):
-    """``GET /v1/conntrack_stats``: the flow table's size, and totals by the names of ``conntrack -S``."""
+    """``GET /v1/conntrack_stats``: the flow table's size, and totals by the names of ``conntrack -S``.
+
+    ``out_of_window`` is ours: TCP segments outside the window, dropped or let pass (``tcpBeLiberal``).
+    """
 
     flows: int
     limit: int
@@ -316,6 +319,7 @@ class ConntrackStats(TypedDict):
     search_restart: int
     clash_resolve: int
     chaintoolong: int
+    out_of_window: int
 
 
 class ServiceTotals(TypedDict):

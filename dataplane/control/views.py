@@ -155,7 +155,7 @@ def status(snapshot: Status) -> View:
 
 
 def conntrack_stats(snapshot: ConntrackStats) -> View:
-    """One row per counter, under the names of ``conntrack -S``."""
+    """One row per counter, under the names of ``conntrack -S`` where it has one."""
     return View(("counter", ">value"), as_rows(snapshot.items()))
 
 

@@ -16,11 +16,10 @@ from dataplane.batch import FLOWS, SETTINGS, TCP_LIBERAL, TIMEOUTS
 from dataplane.codecs import tcp
 from dataplane.jit import kernel
 from dataplane.stages import tcp_window as w
-from dataplane.tables.flow import ASSURED, ORIGINAL, REPLY, SEEN_REPLY, LbState, TcpState, Timeout
+from dataplane.tables.flow import ASSURED, ORIGINAL, REPLY, SEEN_REPLY, Count, LbState, TcpState, Timeout
 from dataplane.verdict import Reason
 
 RESTART = -1  # follow(): the flow is over and the segment begins another; delete it and look the packet up again
-OUT_OF_WINDOW = 18  # index in the flow table's ``state``: segments outside the window, passed or not
 
 _MAX_RETRANS = 3  # nf_conntrack_tcp_max_retrans
 _SHORTEST_SHRUNK = 120_000_000_000  # ns; a timeout below that is not shortened for FINs that nobody believes
@@ -334,7 +333,7 @@ def _is_liberal(tables: Any, e: int) -> bool:
     """Count a segment outside the window and tell whether it counts as inside all the same."""
     if int(tables[FLOWS][2][e]["window_flags"]) & w.LIBERAL:
         return True  # nothing to count: this flow's windows are a guess
-    tables[FLOWS][5][OUT_OF_WINDOW] += 1
+    tables[FLOWS][5][Count.OUT_OF_WINDOW] += 1
     return int(tables[SETTINGS][TCP_LIBERAL]) != 0
 
 
