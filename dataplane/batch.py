@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataplane.jit import Array
+from dataplane.verdict import REASONS
 
 HEADROOM = 128  # Ethernet 14 + IPv6 40 + UDP 8 + VXLAN 8 = 70, + virtio header 12, rounded up to cache lines
 SMALL_SIZE = 2048
@@ -41,6 +42,7 @@ ENCAPSULATED = 0x0020  # ``start`` points to the outer Ethernet header
 OWES_ERROR = 0x0040  # the slow path sends an ICMP error for this dropped packet
 DONT_FRAGMENT = 0x0080
 RELATED = 0x0100  # an ICMP error about the flow
+WAITED = 0x0200  # injected, but not made here: it was received, and has waited for its neighbor
 
 # virtio_net_hdr.flags and .gso_type (virtio 1.2, 5.1.6)
 NEEDS_CSUM = 1
@@ -119,8 +121,8 @@ def make_batch() -> Batch:
 
 # What a stage takes as its third argument: ``tables``, a plain tuple (NamedTuples cost 5 us a call), in this order.
 INTERFACE_TABLE = 0  # (INTERFACES,) of INTERFACE
-COUNTERS = 1  # (COUNTER_COUNT,) uint64: packets by reason, then the totals below
-SETTINGS = 2  # (SETTING_COUNT,) uint64, indexed by Setting below
+COUNTERS = 1  # (COUNTER_COUNT,) uint64: packets by reason, then what is below
+SETTINGS = 2  # (SETTING_COUNT,) uint64, indexed by NODE_LO and what follows it
 ROUTES = 3  # tables.route.RouteTable.arrays
 NEIGHBOURS = 4  # tables.neighbour.NeighbourTable.arrays
 VTEPS = 5  # tables.vtep.VtepTable.arrays
@@ -131,13 +133,13 @@ POLICIES = 9  # tables.policy.PolicyTable.arrays: what kube-proxy's rules add to
 TEMPLATES = 10  # tables.persistence.TemplateTable.arrays
 TIMEOUTS = 11  # (TIMEOUT_COUNT,) int64 ns, indexed by tables.flow.Timeout
 
-RECEIVED = 128  # counters: packets read from devices
-INJECTED_TOTAL = 129  # packets made by the slow path, or given back by a stage that had held them
-ERRORS_LIMITED = 130  # ICMP errors owed but not sent, because of the rate limit
-ERROR_TOKENS = 131  # ICMP errors that may be sent now
-ERROR_REFILLED = 132  # when that was last topped up, ns
-EMITTED = 133  # datagrams of this burst that lie in assembly slots
-COUNTER_COUNT = 160
+RECEIVED = REASONS  # counters: packets read from devices
+INJECTED_TOTAL = REASONS + 1  # packets made by the slow path, or given back by a stage that had held them
+ERRORS_LIMITED = REASONS + 2  # ICMP errors owed but not sent, because of the rate limit
+ERROR_TOKENS = REASONS + 3  # ICMP errors that may be sent now
+ERROR_REFILLED = REASONS + 4  # when that was last topped up, ns
+EMITTED = REASONS + 5  # datagrams of this burst that lie in assembly slots
+COUNTER_COUNT = REASONS + 32
 
 NODE_HI = 0  # the node's own address, source of the tunnel's outer packets
 NODE_LO = 1

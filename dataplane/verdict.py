@@ -118,5 +118,5 @@ class Reason(IntEnum):
     ICMP_BAD_INNER = 86, Verdict.DROP, "conntrack", "an ICMP error that quotes no packet of its receiver's"
 
 
-REASONS = 128  # size of every array that is indexed by a reason
+REASONS = 128  # numbers that a reason may have; the other counters begin behind them
 _BY_VALUE = {reason.value: reason for reason in Reason}

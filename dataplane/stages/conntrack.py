@@ -36,10 +36,10 @@ from dataplane.batch import (
     TUNNELED,
     UPLINK_OWN,
 )
-from dataplane.codecs import ethernet, icmp
+from dataplane.codecs import ethernet, icmp, icmpv6
 from dataplane.jit import kernel, load8
 from dataplane.stages import masquerade, service, tcp
-from dataplane.stages.quote import quoted_tuple
+from dataplane.stages.quote import quoted_tuple, request_type
 from dataplane.tables import flow as table
 from dataplane.tables import route as fib
 from dataplane.tables.flow import (
@@ -60,7 +60,6 @@ from dataplane.verdict import Reason, Verdict
 
 _ICMP, _TCP, _UDP, _ICMPV6 = 1, 6, 17, 58
 _SYN, _RST, _ACK = 0x02, 0x04, 0x10
-_REDIRECT = 5
 _AGAIN = -1  # the flow is gone: look the packet up as a new one
 _STREAM_NS = 2_000_000_000  # a UDP flow of this age that is answered is a stream
 
@@ -228,7 +227,7 @@ def _is_error(data: Any, packet: Any) -> bool:
     kind = load8(data, l4)
     if int(packet["protocol"]) == _ICMP:
         return bool(icmp.is_error(kind))
-    return 1 <= kind <= 4
+    return bool(icmpv6.is_error(kind))
 
 
 @kernel
@@ -249,7 +248,7 @@ def _relate(data: Any, packet: Any, tables: Any, now: int) -> int:
     packet["flags"] = (int(packet["flags"]) | RELATED) & 0xFFFF
     if int(flows[3][e >> 1]["status"]) & (SRC_NAT | DST_NAT):
         # A redirect tells of a next hop on the link of the one who translates.
-        if int(packet["protocol"]) == _ICMP and load8(data, packet["l4"]) == _REDIRECT:
+        if int(packet["protocol"]) == _ICMP and load8(data, packet["l4"]) == icmp.REDIRECT:
             return Reason.ICMP_UNRELATED
         other = flows[2][e ^ 1]
         packet["dst_hi"] = other["src_hi"]
@@ -311,9 +310,7 @@ def _may_begin(data: Any, packet: Any, tables: Any) -> int:
         return tcp.may_begin(data, packet, int(tables[SETTINGS][TCP_LOOSE]))
     if protocol in (_UDP, _ICMP, _ICMPV6) and (l4 == 0 or l4 + 8 > end_):
         return Reason.CT_INVALID_FLAGS
-    if protocol == _ICMP and load8(data, l4) not in (8, 13, 15, 17):
-        return Reason.CT_NOT_SYN
-    if protocol == _ICMPV6 and load8(data, l4) != 128:
+    if protocol in (_ICMP, _ICMPV6) and request_type(protocol, load8(data, l4)) != load8(data, l4):
         return Reason.CT_NOT_SYN
     return Reason.ACCEPTED
 

@@ -15,6 +15,7 @@ import numpy as np
 from dataplane.batch import DONT_FRAGMENT, FRAGMENT, INTERFACE_TABLE, IPV6, NEEDS_CSUM, V4_PREFIX
 from dataplane.codecs import checksum, ethernet, ipv4, ipv6
 from dataplane.jit import kernel, load8, load16, load32, load48, load64
+from dataplane.stages.quote import request_type
 from dataplane.tables.interface import Role
 from dataplane.verdict import Reason, Verdict
 
@@ -179,15 +180,8 @@ def _parse_query(packet: Any, kind: int, name: int) -> None:
     A request goes from "port" identifier to "port" request type << 8. With the identifier in both, the pings of two
     hosts that ping each other with the same one would be one flow; the kernel keeps type and code in its tuple as well.
     """
-    request = kind
-    if int(packet["protocol"]) == _ICMP:
-        if kind in (0, 14, 16, 18):
-            request = 8 if kind == 0 else kind - 1
-        elif kind not in (8, 13, 15, 17):
-            return
-    elif kind == 129:
-        request = 128
-    elif kind != 128:
+    request = request_type(int(packet["protocol"]), kind)
+    if request < 0:
         return
     packet["sport"] = name if kind == request else request << 8
     packet["dport"] = request << 8 if kind == request else name

@@ -46,8 +46,6 @@ from dataplane.tables import vtep
 from dataplane.tables.interface import Role
 from dataplane.verdict import Reason, Verdict
 
-OVERHEAD = 50  # outer Ethernet is not counted by an MTU, the inner one is: 20 + 8 + 8 + 14
-
 _UDP = 17
 _TCP = 6
 _ECT0 = 2
