@@ -97,9 +97,11 @@ def _file(service: dict[str, Any], at: KeyPath) -> ServicesFile:
 
 
 def _refuse(problems: Iterable[Problem], at: KeyPath) -> None:
-    lines = dict.fromkeys(f"{path_text(problem.path[len(at) :])}: {problem.text}" for problem in problems)
-    if lines:
-        raise ConfigError(tuple(line.removeprefix(": ") for line in lines))
+    own = f"{path_text(at)}."
+    lines = (f"{path_text(problem.path[len(at) :])}: {problem.text.replace(own, '')}" for problem in problems)
+    errors = tuple(dict.fromkeys(line.removeprefix(": ") for line in lines))
+    if errors:
+        raise ConfigError(errors)
 
 
 def _find(name: str, state: DesiredState) -> desired.Service | None:

@@ -61,6 +61,11 @@ ERRORS = [
         {"type": "NodePort", "ports": [{"port": 80, "nodePort": 30080}]},
         "ports[0].nodePort: used twice: 30080/TCP is also default/other",
     ),
+    ({"externalIPs": ["10.96.0.20"]}, "externalIPs[0]: used twice: 10.96.0.20 is also clusterIPs[0]"),
+    (
+        {"ports": [{"port": 80, "name": "a"}, {"port": 80, "name": "b"}]},
+        "ports[1].port: used twice: 10.96.0.20:80/TCP is also ports[0].port",
+    ),
     (
         {"ports": [{"port": 80, "targetPort": "http"}]},
         'endpoints[0].ports: the target port "http" is missing; expected ports = { http = 8080 }',
