@@ -20,6 +20,7 @@ _OFF: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("uplink", "mode"): ("af_packet", "udp", "none"),
     ("pods", "static", "*", "bandwidth"): ({},),
     ("services", "ipvs", "strictARP"): (True,),
+    ("services", "masqueradeBit"): (14,),  # a mark that is not the kernel's clashes with nobody's
     ("services", "static", "*", "loadBalancerClass"): ("",),
     ("loadBalancer",): ({},),
     ("dns",): ({},),

@@ -18,6 +18,7 @@ from dataplane.control.services import ServerKey, claims
 from dataplane.control.state import Address, DesiredState, Endpoint, Network, Service
 
 ANY = IPv4Address("0.0.0.0")  # stands for all of the node's addresses
+_EVERYBODY = IPv4Address("255.255.255.255")
 _MAX_AFFINITY = 86400
 _SECTION = "services.static"
 
@@ -91,6 +92,7 @@ def check_service(given: StaticService, at: KeyPath, around: Surroundings) -> It
     yield from _ipv6(_addresses(given, at))
     yield from _type(given, at)
     yield from _exposure(given, at)
+    yield from _health_check(given, at, around)
     for number, port in enumerate(given.ports):
         yield from _port(given, port, (*at, "ports", number), around)
     yield from _balancing(given, at, around)
@@ -166,12 +168,21 @@ def _exposure(given: StaticService, at: KeyPath) -> Iterator[Problem]:
         }
         for key in (key for key, value in values.items() if value):
             yield Problem((*at, key), f'needs type = "LoadBalancer" (got "{given.type}")')
-    elif given.health_check_node_port and given.external_traffic_policy != "Local":
-        yield Problem((*at, "healthCheckNodePort"), 'needs externalTrafficPolicy = "Local"')
     outside = given.type in ("NodePort", "LoadBalancer") or given.external_ips
     if given.external_traffic_policy == "Local" and not outside:
         text = f'"Local" is for type "NodePort" or "LoadBalancer", or external addresses (got type "{given.type}")'
         yield Problem((*at, "externalTrafficPolicy"), text)
+
+
+def _health_check(given: StaticService, at: KeyPath, around: Surroundings) -> Iterator[Problem]:
+    port, path, (low, high) = given.health_check_node_port, (*at, "healthCheckNodePort"), around.node_port_range
+    if not port or given.type != "LoadBalancer":
+        return
+    if given.external_traffic_policy != "Local":
+        yield Problem(path, 'needs externalTrafficPolicy = "Local"')
+    elif not low <= port <= high:
+        text = f"expected a port of services.nodePortRange, {low} to {high} (got {port})"
+        yield Problem(path, text, ("services.nodePortRange",))
 
 
 def _port(given: StaticService, port: ServicePort, at: KeyPath, around: Surroundings) -> Iterator[Problem]:
@@ -252,7 +263,8 @@ def check_endpoint(endpoint: Endpoint, at: KeyPath, service: Service) -> Iterato
 
 
 def _is_unicast(address: Address) -> bool:
-    return not (address.is_multicast or address.is_loopback or address.is_unspecified or address.is_link_local)
+    special = address.is_multicast or address.is_loopback or address.is_unspecified or address.is_link_local
+    return not special and address != _EVERYBODY
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SIZE = re.compile(r"(\d+)([KMGT]?)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST = 2**31 - 1  # seconds: what the kernel takes; as nanoseconds it fits a table's field
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PORT_NAME = re.compile(r"(?=.{1,15}$)(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")  # IANA_SVC_NAME, RFC 6335 5.1
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
@@ -86,9 +87,10 @@ def _mac(value: str) -> int:
 
 def _duration(value: str) -> float:
     match = _DURATION.fullmatch(value)
-    if not match:
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else -1.0
+    if not 0 <= seconds <= _LONGEST:
         raise ValueError
-    return float(match[1]) * _SECONDS[match[2]]
+    return seconds
 
 
 def _size(value: str) -> int:
@@ -155,9 +157,9 @@ def _cluster_ip(value: str) -> Address | None:
 def _target_port(value: Any) -> int | str:
     if isinstance(value, str):
         return _matching(_PORT_NAME)(value)
-    if isinstance(value, bool) or not 0 < value < 65536:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 65536:
         raise ValueError
-    return int(value)
+    return value
 
 
 def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:

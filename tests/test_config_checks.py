@@ -104,6 +104,7 @@ LATER = [
     ('node.netns = "x"', "node.netns"),
     ('uplink = { interface = "eth0", mode = "tap" }', "uplink.mode"),
     ("services.ipvs.strictARP = false", "services.ipvs.strictARP"),
+    ("services.masqueradeBit = 15", "services.masqueradeBit"),
     ('[[services.static]]\nname = "a"\nloadBalancerClass = "x"', "services.static[0].loadBalancerClass"),
     ("[[loadBalancer.ipAddressPools]]\nname = 'x'\naddresses = ['192.0.2.200-192.0.2.220']", "loadBalancer"),
     ('dns.clusterIP = "10.96.0.10"', "dns"),
