@@ -97,8 +97,8 @@ def _file(service: dict[str, Any], at: KeyPath) -> ServicesFile:
 
 
 def _refuse(problems: Iterable[Problem], at: KeyPath) -> None:
-    own = f"{path_text(at)}."
-    lines = (f"{path_text(problem.path[len(at) :])}: {problem.text.replace(own, '')}" for problem in problems)
+    own = f" {path_text(at)}."
+    lines = (f"{path_text(problem.path[len(at) :])}: {problem.text.replace(own, ' ')}" for problem in problems)
     errors = tuple(dict.fromkeys(line.removeprefix(": ") for line in lines))
     if errors:
         raise ConfigError(errors)
