@@ -5,12 +5,12 @@ from ipaddress import IPv4Address, IPv4Network
 import numpy as np
 import pytest
 
-from dataplane import batch, settle
+from dataplane import batch, config_checks, settle
 from dataplane.control.edits import ChangeSettings
 from dataplane.control.state import Balancing, DesiredState, Node, PodNetwork, Uplink
 from dataplane.tables.address import halves
 from dataplane.tables.flow import LbState, TcpState, Timeout, make_timeouts
-from dataplane.tables.policy import PolicyTable, Pool, is_in_pool
+from dataplane.tables.policy import POOLS, PolicyTable, Pool, is_in_pool
 
 SECOND = 1_000_000_000
 BLOCK = IPv4Network("10.244.1.0/24")
@@ -73,3 +73,7 @@ def test_what_is_fixed_is_written_once():
     assert settings[batch.UPLINK_OWN] == settings[batch.TCP_LOOSE] == 1
     settle.fix(settings, DesiredState(node, uplink=Uplink("eth0")))
     assert settings[batch.UPLINK_OWN] == 0
+
+
+def test_a_file_may_list_as_many_pools_as_the_table_holds():
+    assert config_checks.POOLS == POOLS - 1  # the file is checked without numpy, so it has a number of its own
