@@ -25,6 +25,7 @@ from dataplane.devices.namespace import NamespaceHandle
 from dataplane.devices.tap import Tap
 from dataplane.engine import Engine
 from dataplane.tables.interface import INTERFACES, OFFLOAD, UP, Driver, Role
+from dataplane.tables.result import TableFullError
 from dataplane.tables.route import ANNOUNCED, HOSTED, Kind, Route
 
 NODE, UPLINK, UNDERLAY, HOST, FIRST_POD = 0, 1, 2, 3, 4  # interface rows
@@ -89,9 +90,10 @@ class Wiring:
 
         Raises:
             NamespaceError, DeviceError: Something new could not be opened; nothing was changed.
-            TableFullError: There are more services than rows; nothing was changed.
+            TableFullError: There is more than a table holds; nothing was changed.
         """
         self.balancer.require_room(edits)
+        self._require_room(edits)
         opened, closed = await self._prepare(edits, state)
         self.state = state
         now = time.monotonic_ns()
@@ -104,6 +106,17 @@ class Wiring:
         self.engine.refresh()
         for link in closed:
             await asyncio.to_thread(link.close, self.journal)
+
+    def _require_room(self, edits: Sequence[Edit]) -> None:
+        pods = vteps = 0
+        for edit in edits:
+            pods += isinstance(edit, plan.AddPod) - isinstance(edit, plan.RemovePod)
+            # A peer with a new address needs a second row until the routes lead there.
+            vteps += isinstance(edit, plan.AddVtep | plan.ChangeVtep) - isinstance(edit, plan.RemoveVtep)
+        if pods > len(self._free):
+            raise TableFullError("interface", len(self.interfaces), INTERFACES)
+        if len(self.vteps) + vteps > self.tables.vteps.capacity:
+            raise TableFullError("vtep", len(self.vteps), self.tables.vteps.capacity)
 
     # --- prepare -----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ scheduled anew.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -20,7 +21,6 @@ from dataplane.control.services import Destination, ServerKey, VirtualServer
 from dataplane.tables import service as table
 from dataplane.tables.address import Address
 from dataplane.tables.policy import LOCAL, NO_LOCAL, Exposure, PolicyTable
-from dataplane.tables.result import TableFullError
 from dataplane.tables.scheduler import FALLBACK, PERSISTENT, PORT, Scheduler
 
 PROTOCOLS = {"TCP": 6, "UDP": 17}
@@ -72,13 +72,30 @@ class Balancer:
         """Find out before anything is changed whether all edits can be carried out.
 
         Raises:
-            TableFullError: There would be more virtual servers than rows.
+            TableFullError: There would be more virtual servers, destinations or buckets than there is room for.
         """
-        wanted = len(self._rows)
+        services = backends = 0
+        schedulers: Counter[Scheduler] = Counter()
         for edit in edits:
-            wanted += isinstance(edit, plan.AddServer) - isinstance(edit, plan.RemoveServer)
-        if wanted > len(self._table.services):
-            raise TableFullError("service", wanted, len(self._table.services))
+            match edit:
+                case plan.AddServer(server):
+                    services, backends = services + 1, backends + len(server.destinations)
+                    schedulers[_scheduler(server)] += 1
+                case plan.RemoveServer(server):
+                    row = self._rows[server.key]
+                    services, backends = services - 1, backends - self._idle(row)
+                    schedulers[_scheduler(server)] -= 1
+                case plan.ChangeServer(old, new) if old.scheduler != new.scheduler:
+                    schedulers[_scheduler(new)] += 1  # before the old ones are given back
+                case plan.AddDestination():
+                    backends += 1
+                case plan.RemoveDestination(server, (address, port, _)):
+                    backends -= self._is_idle(self._rows[server.key], address, port)
+        self._table.require_room(services, backends, schedulers)
+
+    def _idle(self, row: int) -> int:
+        """Count the destinations whose rows are free at once when their server goes."""
+        return sum(self._is_idle(row, address, port) for _, address, port in self._table.members(row))
 
     def commit(self, edit: Edit, now: int) -> bool:
         """Carry out an edit if it is about services; return whether it is."""
@@ -180,6 +197,10 @@ class Balancer:
         record = self._table.backends[self._table.find_backend(row, address, port)]
         return int(record["active"]) + int(record["inactive"])
 
+    def _is_idle(self, row: int, address: Address, port: int) -> bool:
+        record = self._table.backends[self._table.find_backend(row, address, port)]
+        return not (record["active"] or record["inactive"] or record["persistent"])
+
     def _weight(self, row: int, address: Address, port: int) -> int:
         return int(self._table.backends[self._table.find_backend(row, address, port)]["weight"])
 
@@ -199,8 +220,12 @@ class Balancer:
         self._table.collect()
 
 
+def _scheduler(server: VirtualServer) -> Scheduler:
+    return Scheduler[server.scheduler.upper()]
+
+
 def _scheduling(server: VirtualServer) -> table.Service:
-    scheduler = Scheduler[server.scheduler.upper()]
+    scheduler = _scheduler(server)
     flags = sum({_FLAGS[flag] for flag in server.flags})
     if not server.affinity_seconds:
         return table.Service(scheduler, flags)

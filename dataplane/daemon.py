@@ -25,6 +25,7 @@ from dataplane.devices.device import DeviceError
 from dataplane.devices.namespace import NamespaceError
 from dataplane.devices.netlink import NetlinkError
 from dataplane.node import Node
+from dataplane.tables.result import TableFullError
 
 RUN = Path("/run/dataplane")
 FAILED, NO_PERMISSION = 1, 5
@@ -59,6 +60,9 @@ def run(settings: Settings) -> int:
     start = asyncio.run if settings.engine.loop == "asyncio" else uvloop.run
     try:
         return start(_live(node, settings, log_book))
+    except TableFullError as error:
+        log.error("%s", error)
+        return FAILED
     except (DeviceError, NamespaceError, NetlinkError) as error:
         log.error("%s", error)
         return NO_PERMISSION if error.errno in (errno.EPERM, errno.EACCES) else FAILED

@@ -4,6 +4,7 @@ Each service that hashes has buckets of its own, a run of words in one array tha
 4096 for ``maglev``.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,16 @@ class BucketPool:
         self.words: Array = np.full(4096, NONE, np.int32)
         self._end = 0
         self._free: dict[int, list[int]] = {}
+
+    def require_room(self, runs: Mapping[int, int]) -> None:
+        """Find out whether as many runs of each size can be taken, one after the other.
+
+        Raises:
+            TableFullError: They cannot.
+        """
+        fresh = sum(max(0, count - len(self._free.get(size, ()))) * size for size, count in runs.items())
+        if self._end + fresh > self.limit:
+            raise TableFullError("buckets", self._end, self.limit)
 
     def take(self, size: int) -> int:
         """Return the start of a run of ``size`` words.

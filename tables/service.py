@@ -4,7 +4,7 @@ Each record holds what its scheduler has to remember; the backends of all servic
 tables of those that hash. The order of a service's list decides nearly every pick: a new destination becomes the first.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -207,6 +207,23 @@ class ServiceTable:
             record["position"], record["cw"] = NONE, 0
             self._follow(row)
         return row
+
+    def require_room(self, services: int, backends: int, schedulers: Mapping[Scheduler, int]) -> None:
+        """Find out whether so many more of each fit; ``schedulers`` counts the services that get new buckets.
+
+        Raises:
+            TableFullError: They do not.
+        """
+        if len(self) + services > len(self.services):
+            raise TableFullError("service", len(self), len(self.services))
+        used = self._end - len(self._free)
+        if used + backends > self._limit:
+            raise TableFullError("backend", used, self._limit)
+        runs: dict[int, int] = {}
+        for scheduler, count in schedulers.items():
+            if size := _SIZES.get(scheduler, 0):
+                runs[size] = runs.get(size, 0) + count
+        self._pool.require_room(runs)
 
     def _insert(self, protocol: int, address: Address | str, port: int, base: int, size: int) -> int:
         try:

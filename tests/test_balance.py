@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dataplane.balance import PROTOCOLS, Balancer
-from dataplane.control.edits import AddServer, RemoveServer
+from dataplane.control.edits import AddServer, ChangeServer, RemoveServer
 from dataplane.control.reconcile import plan
+from dataplane.control.services import Destination as Member
 from dataplane.control.services import ServerKey, VirtualServer, virtual_servers
 from dataplane.control.state import Balancing, DesiredState, ServicePort
 from dataplane.tables import backend
@@ -150,16 +151,50 @@ def test_nothing_is_left_of_a_service_that_goes():
     assert int(node.policies.policies[row]["exposure"]) == Exposure.NONE
 
 
-def test_more_services_than_rows_are_refused_before_anything_is_changed():
-    services, policies = ServiceTable(2), PolicyTable(2)
-    balancer = Balancer(services, policies)
-    servers = [VirtualServer(ServerKey("TCP", VIP, port), "default/web", "", "cluster-ip") for port in (1, 2, 3)]
-    edits = [AddServer(server) for server in servers]
+def servers(count: int, **fields) -> list[AddServer]:
+    keys = [ServerKey("TCP", VIP, port) for port in range(1, count + 1)]
+    return [AddServer(VirtualServer(key, "default/web", "", "cluster-ip", **fields)) for key in keys]
+
+
+PAIR = (Member(IPv4Address(A), 80), Member(IPv4Address(B), 80))
+# A table that holds two of each, and what fills it.
+FULL = [
+    (ServiceTable(2), {}),
+    (ServiceTable(8, backend_limit=4), {"destinations": PAIR}),
+    (ServiceTable(8, bucket_limit=512), {"scheduler": "sh"}),
+    (ServiceTable(8, bucket_limit=8192), {"scheduler": "mh"}),
+]
+
+
+@pytest.mark.parametrize(("rows", "fields"), FULL, ids=["services", "backends", "buckets", "maglev"])
+def test_more_than_there_is_room_for_is_refused_before_anything_is_changed(rows, fields):
+    balancer, (first, second, third) = Balancer(rows, PolicyTable(8)), servers(3, **fields)
     with pytest.raises(TableFullError):
-        balancer.require_room(edits)
-    for edit in edits[:2]:
+        balancer.require_room([first, second, third])
+    for edit in (first, second):
         balancer.commit(edit, 0)
-    balancer.require_room([RemoveServer(servers[0]), edits[2]])
+    with pytest.raises(TableFullError):
+        balancer.require_room([third])
+    balancer.require_room([RemoveServer(first.server), third])
+    assert balancer.commit(RemoveServer(first.server), 0)
+    assert balancer.commit(third, 0)
+
+
+def test_a_destination_that_keeps_its_connections_keeps_its_room():
+    table = ServiceTable(8, backend_limit=2)
+    balancer, (first, second) = Balancer(table, PolicyTable(8)), servers(2, destinations=PAIR)
+    balancer.commit(first, 0)
+    backend.connect(table.backends, 0)
+    with pytest.raises(TableFullError):
+        balancer.require_room([RemoveServer(first.server), second])
+
+
+def test_another_scheduler_needs_its_buckets_before_the_old_ones_are_free():
+    balancer, (first,) = Balancer(ServiceTable(8, bucket_limit=256), PolicyTable(8)), servers(1, scheduler="sh")
+    balancer.commit(first, 0)
+    with pytest.raises(TableFullError):
+        balancer.require_room([ChangeServer(first.server, replace(first.server, scheduler="dh"))])
+    balancer.require_room([ChangeServer(first.server, replace(first.server, scheduler="rr"))])
 
 
 # --- what goes -------------------------------------------------------------------------------------------------------
