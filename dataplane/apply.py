@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dataplane import settle
+from dataplane import settle, strays
 from dataplane.balance import Balancer
 from dataplane.batch import ROUTE_GENERATION
 from dataplane.control import edits as plan
@@ -106,6 +106,7 @@ class Wiring:
         self.engine.refresh()
         for link in closed:
             await asyncio.to_thread(link.close, self.journal)
+        await strays.end(self.tables.flows, strays.claimed(edits), now)
 
     def _require_room(self, edits: Sequence[Edit]) -> None:
         pods = vteps = 0

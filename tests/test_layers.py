@@ -22,7 +22,7 @@ LAYERS = [
     {"slowpath"},
     {"engine"},
     {"config"},
-    {"balance", "settle"},
+    {"balance", "settle", "strays"},
     {"apply", "announce"},
     {"report_flows"},
     {"report_services"},
