@@ -16,7 +16,14 @@ from dataplane.config import ConfigError, shape
 from dataplane.config_checks import Problem, each, path_text, unsupported
 from dataplane.config_lines import KeyPath
 from dataplane.config_services import Endpoint, ServicesFile, StaticService, endpoint_of, service_of
-from dataplane.config_services_checks import Surroundings, check_endpoint, check_service, claim, held_by
+from dataplane.config_services_checks import (
+    Surroundings,
+    check_addresses,
+    check_endpoint,
+    check_service,
+    claim,
+    held_by,
+)
 from dataplane.control import state as desired
 from dataplane.control.api import MissingError
 from dataplane.control.overlay import Overlay
@@ -71,9 +78,12 @@ def delete_endpoint(name: str, values: Mapping[str, Any], overlay: Overlay, stat
 def check_overlay(overlay: Overlay, state: DesiredState) -> None:
     """Find out whether what the API has set still fits beside a file that was read again; ``state`` is the file's."""
     held: dict[ServerKey, str] = {}
-    services = overlay.over(state.services)
-    found = (claim(service, (service.id,), state.node.addresses, held) for service in services)
-    _refuse((problem for problems in found for problem in problems), ())
+    around, problems = Surroundings.of(state), list[Problem]()
+    for service in overlay.over(state.services):
+        problems += claim(service, (service.id,), around.node_addresses, held)
+        if service.origin == "api":
+            problems += check_addresses(service, (service.id,), around)
+    _refuse(problems, ())
 
 
 # --- what is given, and what there is ---------------------------------------------------------------------------------

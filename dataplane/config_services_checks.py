@@ -96,7 +96,7 @@ def check_service(given: StaticService, at: KeyPath, around: Surroundings) -> It
     for number, port in enumerate(given.ports):
         yield from _port(given, port, (*at, "ports", number), around)
     yield from _balancing(given, at, around)
-    yield from _virtual_addresses(given, at, around)
+    yield from check_addresses(given, at, around)
     yield from repeats(_virtual_paths(given, at))
     yield from repeats(_endpoint_addresses(given, at))
 
@@ -227,7 +227,8 @@ def _balancing(given: StaticService, at: KeyPath, around: Surroundings) -> Itera
         )
 
 
-def _virtual_addresses(given: StaticService, at: KeyPath, around: Surroundings) -> Iterator[Problem]:
+def check_addresses(given: StaticService | Service, at: KeyPath, around: Surroundings) -> Iterator[Problem]:
+    """Yield the addresses of a service that are somebody else's."""
     for path, address in _virtual_paths(given, at):
         key = path[len(at)]
         if not _is_unicast(address):
@@ -288,7 +289,7 @@ def _surroundings(file: ServicesFile) -> Surroundings:
     )
 
 
-def _virtual_paths(given: StaticService, at: KeyPath) -> Iterator[tuple[KeyPath, Address]]:
+def _virtual_paths(given: StaticService | Service, at: KeyPath) -> Iterator[tuple[KeyPath, Address]]:
     lists: tuple[tuple[str, Sequence[Address | None]], ...] = (
         ("clusterIPs", given.cluster_ips),
         ("externalIPs", given.external_ips),

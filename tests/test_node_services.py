@@ -150,6 +150,20 @@ def test_a_file_that_takes_what_the_api_has_given_away_is_refused(run):
     run(body)
 
 
+def test_a_file_whose_ranges_do_not_hold_what_the_api_has_given_is_refused(run):
+    async def body(node: Node, path: Path) -> None:
+        await node.set_service(DB)
+        rewrite(path, FILE.replace("10.96.0.0/12", "10.96.0.0/28").replace("10.96.0.20", "10.96.0.2"))
+        errors = (await node.reload())["errors"]
+        expected = (
+            "prod/db.clusterIPs[0]: expected an address inside services.serviceCIDR 10.96.0.0/28 (got 10.96.0.30)"
+        )
+        assert errors == [expected]
+        assert weights(node) != {}
+
+    run(body)
+
+
 def test_a_service_of_the_file_may_be_replaced_deleted_and_set_again(run):
     async def body(node: Node, _: Path) -> None:
         web = {
