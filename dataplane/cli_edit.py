@@ -17,9 +17,9 @@ from dataplane.cli_base import ask, count, fail, fail_usage, output_option, repo
 from dataplane.cli_show import flow_filters, limit_option, make_query, service_filter, show_listing
 
 _PORT = re.compile(
-    r"(?:(?P<name>[a-z0-9-]+)=)?(?P<port>\d+)(?::(?P<target>[a-z0-9-]+))?"
-    r"(?:/(?P<protocol>TCP|UDP|SCTP))?(?:@(?P<node>\d+))?",
-    re.IGNORECASE,
+    r"(?:(?P<name>[a-z0-9-]+)=)?(?P<port>\d{1,5})(?::(?P<target>[a-z0-9-]+))?"
+    r"(?:/(?P<protocol>TCP|UDP|SCTP))?(?:@(?P<node>\d{1,5}))?",
+    re.ASCII | re.IGNORECASE,
 )
 
 
@@ -235,7 +235,7 @@ def _port(text: str) -> dict[str, Any]:
     values = {
         "name": words["name"],
         "port": int(words["port"]),
-        "targetPort": int(target) if target and target.isdigit() else target,
+        "targetPort": int(target) if target and target.isdigit() and len(target) < 6 else target,
         "protocol": words["protocol"] and words["protocol"].upper(),
         "nodePort": words["node"] and int(words["node"]),
     }
@@ -244,7 +244,7 @@ def _port(text: str) -> dict[str, Any]:
 
 def _endpoint(text: str) -> dict[str, Any]:
     ip, equals, weight = text.partition("=")
-    if equals and not weight.isdigit():
+    if equals and not (weight.isascii() and weight.isdigit() and len(weight) < 6):
         fail_usage([f"dataplane: --endpoint {text!r}: expected IP[=WEIGHT]"])
     return {"ip": ip, "weight": int(weight)} if equals else {"ip": ip}
 

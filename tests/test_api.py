@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -254,6 +255,13 @@ def test_the_path_names_what_is_edited_whatever_the_body_says(path):
         ("set_service", {"name": "web", "namespace": "shop", "ports": []}),
         ("add_endpoint", "shop", "web", {"ip": "10.244.1.9", "weight": 2}),
     ]
+
+
+def test_values_that_json_does_not_have_are_for_the_node_to_refuse(path):
+    node = FakeNode()
+    with serving(node, path):
+        client.set_service(path, "default", "web", {"type": date(2026, 1, 2)})
+    assert node.edits == [("set_service", {"name": "web", "namespace": "default", "type": "2026-01-02"})]
 
 
 def test_names_of_any_letters_arrive_as_they_were_sent(path):

@@ -288,6 +288,11 @@ def test_service_set_takes_the_services_of_a_nodes_file(path, node, tmp_path):
         ((), "dataplane: expected a NAME or -f FILE"),
         (("a/b/c", "--port", "80"), "dataplane: 'a/b/c': expected NAME or NAMESPACE/NAME"),
         (("web", "--port", "http"), "dataplane: --port 'http': expected [NAME=]PORT[:TARGET][/PROTOCOL][@NODEPORT]"),
+        (
+            ("web", "--port", "9" * 5000),
+            f"dataplane: --port '{'9' * 5000}': expected [NAME=]PORT[:TARGET][/PROTOCOL][@NODEPORT]",
+        ),
+        (("web", "--endpoint", "10.0.0.1=²"), "dataplane: --endpoint '10.0.0.1=²': expected IP[=WEIGHT]"),
         (("web", "--endpoint", "10.0.0.1=x"), "dataplane: --endpoint '10.0.0.1=x': expected IP[=WEIGHT]"),
         (("-f", "/nowhere/web.toml"), "/nowhere/web.toml: no such file"),
         (("-f", "x", "--cluster-ip", "10.0.0.1"), "dataplane: -f does not go with --cluster-ip"),

@@ -226,7 +226,7 @@ def _answered(
 
 def _send(connection: _Connection, method: str, target: str, body: Mapping[str, Any] | None) -> None:
     try:
-        connection.request(method, target, None if body is None else json.dumps(body).encode())
+        connection.request(method, target, None if body is None else json.dumps(body, default=str).encode())
     except BrokenPipeError as error:
         raise ControlError(f"the node hung up: {error}") from None
 
