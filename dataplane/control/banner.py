@@ -38,7 +38,8 @@ def suggestions(pods: tuple[Pod, ...], services: tuple[Service, ...] = ()) -> li
         inside = f"ip netns exec {client.netns}"
         lines.append(f"{inside} ping -c 3 {server.addresses[0]}")
         lines.append(f"{inside} traceroute -n {server.addresses[0]}")
-        lines.append(f"ip netns exec {server.netns} iperf3 -s -1 & {inside} iperf3 -c {server.addresses[0]}")
+        lines.append(f"ip netns exec {server.netns} iperf3 -s -1 &")  # a line of its own: the client does not wait
+        lines.append(f"{inside} iperf3 -c {server.addresses[0]}")
         lines.extend(_with_service(pods, services, inside, program))
     return [*lines, f"{program} show counters", f"{program} show drops"]
 
