@@ -18,7 +18,7 @@ from bench.pipeline import PASSES, SIZES, WHOLE, Setting, as_bursts
 from dataplane.batch import ROWS
 from dataplane.jit import Array, kernel
 from dataplane.stages import conntrack
-from dataplane.tables.flow import END, FREED
+from dataplane.tables.flow import END, FIRST_FREED
 from dataplane.verdict import Verdict
 
 STORED = 2 * PASSES  # bursts: a turn uses half of them
@@ -43,10 +43,11 @@ class Fresh:
     def timed(self, call: Callable[[], int]) -> int:
         """Return what ``call`` returns; the flows that it enters are gone afterwards."""
         table = self.setting.tables.flows
-        freed, used = int(table.state[FREED]), int(table.state[END])
+        first, used = int(table.state[FIRST_FREED]), int(table.state[END])
         spent = call()
-        free = table.arrays[4]
-        rows = np.concatenate([free[int(table.state[FREED]) : freed], np.arange(used, int(table.state[END]))])
+        free = np.roll(table.arrays[4], -first)  # a ring
+        again = (int(table.state[FIRST_FREED]) - first) % len(free)
+        rows = np.concatenate([free[:again], np.arange(used, int(table.state[END]))])
         assert len(rows) == PASSES * ROWS, f"{len(rows)} new flows"
         end(self.setting.arrays, rows.astype(np.int64), _flows.NOW)
         return spent

@@ -14,6 +14,11 @@ slots are in use then, and an entry farther than ``MAX_PROBE`` from its home is 
 A lookup in a big table waits for memory twice, for a slot and for a record. Over a burst it is made in three passes:
 ``hash_tuple`` and ``prefetch_slot`` for each packet, ``candidate`` for each, then ``matches`` for each, so the waits of
 many packets overlap. Rows never move and are found again until they are deleted; a row's number is used again.
+
+A burst's packets refer to their flows until its last stage, and a flow may end with a later packet of the same burst: a
+crowded table gives it up, or its client begins anew. As in the kernel, where a packet holds a reference, what the flow
+said of the earlier packets still holds. So a deleted row keeps its tuples, though nobody finds it by them, and of the
+free rows the one freed first is used first, and only while ``RESERVE`` others are free: more than one burst inserts.
 """
 
 from enum import IntEnum
@@ -57,6 +62,7 @@ __all__ = [
     "EVICTION_SLOTS",
     "FLOW",
     "FREE",
+    "FIRST_FREED",
     "FREED",
     "FULL",
     "HAND",
@@ -64,6 +70,7 @@ __all__ = [
     "MISS",
     "ORIGINAL",
     "REPLY",
+    "RESERVE",
     "SEEN_REPLY",
     "SOURCE_KEPT",
     "SRC_NAT",
@@ -103,7 +110,8 @@ _NO_SIGN = 0x7FFF_FFFF  # a position that is never negative needs no check for c
 USED = 0  # rows in use
 HAND = 1  # the next row that the clock hand looks at
 END = 2  # rows from here on were never used: their memory is untouched
-FREED = 3  # rows on the stack of those that were
+FREED = 3  # rows in the ring of those that were
+FIRST_FREED = 4  # where in the ring the one is that was freed first
 
 
 class Count(IntEnum):
@@ -130,11 +138,13 @@ STATE_COUNT = 24
 CLASH = -3  # insert: one of the two tuples is in already; nothing was changed
 FREE = 0x7FFF_FFFF_FFFF_FFFF  # ``expires_ns`` of a row that is not in use: the hand needs no other look at it
 EVICTION_SLOTS = 64  # Linux looks at 8 buckets; a full table has 2 tuples in each, as these have
+RESERVE = 256  # free rows that are never used: as many flows as begin in a burst at most (``batch.ROWS``)
 CROWDED = 95  # percent of the rows in use, from which on the hand takes more than what has expired (Linux's gc)
 
 _PROTOTYPE = 6  # scratch[6] and [7] are the halves of a new flow
 _BY_SOURCE = 1  # a value in the slots is 2 * half; 4 * row + 1 is the by-source entry
 _SOURCE = 1 << 40  # above protocol and ports: no tuple is hashed to a source's word but by chance
+_NO_PROTOCOL = 255  # of a deleted flow (IANA: reserved)
 _AHEAD = 64  # rows between the hand and what it asks for (a million rows in 2.8 ms; 16: 5.1, none: 6.9)
 
 
@@ -241,20 +251,22 @@ def copy_tuple(target: Any, source: Any) -> None:
 
 @kernel
 def _next_row(arrays: Any) -> int:
-    """Return the row that the next flow gets, the one freed last or else one never used; or ``FULL``."""
+    """Return the row that the next flow gets, the one freed first or else one never used; or ``FULL``."""
     flows, free, state = arrays[3], arrays[4], arrays[5]
-    if int(state[FREED]) > 0:
-        return int(free[(int(state[FREED]) - 1) & _NO_SIGN])
-    return int(state[END]) if int(state[END]) < len(flows) else FULL
+    if int(state[USED]) >= len(flows) - RESERVE:
+        return FULL
+    return int(free[int(state[FIRST_FREED]) & _NO_SIGN]) if int(state[FREED]) > RESERVE else int(state[END])
 
 
 @kernel
 def _take_row(arrays: Any) -> None:
     """Take the row that ``_next_row`` named."""
-    state = arrays[5]
+    free, state = arrays[4], arrays[5]
     state[USED] += 1
-    if int(state[FREED]) > 0:
+    if int(state[FREED]) > RESERVE:
         state[FREED] -= 1
+        following = int(state[FIRST_FREED]) + 1
+        state[FIRST_FREED] = following if following < len(free) else 0
     else:
         state[END] += 1
 
@@ -297,8 +309,11 @@ def insert(arrays: Any, now_ns: int) -> int:
 
 @kernel
 def delete(arrays: Any, row: int) -> None:
-    """Take a flow out, its by-source entry too; nothing if the row is not in use."""
-    slots, _, tuples, flows, free, state, scratch = arrays
+    """Take a flow out, its by-source entry too; nothing if the row is not in use.
+
+    The row keeps addresses, ports and whether they are translated, for the packets of this burst that have its number.
+    """
+    slots, _, tuples, flows, free, state, _ = arrays
     original, reply, flow = tuples[2 * row], tuples[2 * row + 1], flows[row]
     word, reply_word = hash_tuple(arrays, original), hash_tuple(arrays, reply)
     tagged.ask(slots, reply_word)
@@ -307,11 +322,12 @@ def delete(arrays: Any, row: int) -> None:
     tagged.remove(slots, reply_word, 4 * row + 2)
     if int(flow["status"]) & SOURCE_KEPT:
         tagged.remove(slots, _hash_source(arrays, original), 4 * row + _BY_SOURCE)
-    copy_tuple(original, scratch[_PROTOTYPE])  # or a candidate of earlier in the burst would still match
-    copy_tuple(reply, scratch[_PROTOTYPE])
+    # Or a candidate of earlier in the burst would still match; its tag was that of the true protocol.
+    original["protocol"] = reply["protocol"] = _NO_PROTOCOL
     flow["expires_ns"] = FREE
-    flow["status"] = 0
-    free[int(state[FREED]) & _NO_SIGN] = row
+    flow["status"] = int(flow["status"]) & (SRC_NAT | DST_NAT)
+    at = int(state[FIRST_FREED]) + int(state[FREED])
+    free[(at if at < len(free) else at - len(free)) & _NO_SIGN] = row
     state[FREED] += 1
     state[USED] -= 1
 
@@ -403,7 +419,7 @@ def is_disposable(flow: Any) -> bool:
 @kernel
 def is_crowded(arrays: Any) -> bool:
     """Say whether more than ``CROWDED`` percent of the rows are in use."""
-    return 100 * int(arrays[5][USED]) > CROWDED * len(arrays[3])
+    return 100 * int(arrays[5][USED]) > CROWDED * (len(arrays[3]) - RESERVE)
 
 
 @kernel
@@ -447,8 +463,8 @@ class FlowTable:
     """Owns the flows. The arrays never move, and memory is used as rows are: 256 bytes each, and 64 of slots.
 
     Attributes:
-        flows: ``(capacity,)`` of ``FLOW``.
-        tuples: ``(2 * capacity,)`` of ``TUPLE``, the same memory.
+        flows: ``(capacity + RESERVE,)`` of ``FLOW``.
+        tuples: ``(2 * (capacity + RESERVE),)`` of ``TUPLE``, the same memory.
         state: ``(STATE_COUNT,)`` int64, see ``USED`` and ``Count``.
         arrays: ``(slots, key, tuples, flows, free, state, scratch)``, what the kernels take. ``scratch`` is ``(8,)`` of
             ``TUPLE``; the last two are the halves of a new flow, the first six are the stages' own.
@@ -456,13 +472,13 @@ class FlowTable:
 
     def __init__(self, capacity: int = 262_144, seed: int | None = None) -> None:
         self.capacity = capacity
-        self.flows: Array = make_zeros(capacity, FLOW)
+        self.flows: Array = make_zeros(capacity + RESERVE, FLOW)
         self.tuples: Array = self.flows.view(TUPLE)
         self.state: Array = np.zeros(STATE_COUNT, np.int64)
         scratch = make_zeros(8, TUPLE)
         for column in ("backend", "service", "template"):
             scratch[_PROTOTYPE:].view(FLOW)[column] = -1
-        slots, free = tagged.make_slots(3 * capacity), make_zeros(capacity, np.int32)
+        slots, free = tagged.make_slots(3 * capacity), make_zeros(capacity + RESERVE, np.int32)
         self.arrays = (slots, make_key(seed), self.tuples, self.flows, free, self.state, scratch)
 
     def __len__(self) -> int:

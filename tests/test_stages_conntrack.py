@@ -221,3 +221,26 @@ def test_ipv6_is_tracked_as_well(world):
     world.route(f"{b6}/128", Route(Kind.POD, w.POD_B))
     outcome = world.one(pod_frame(IPv6(src=a, dst=b6) / UDP(sport=1, dport=53) / Raw(b"x")), w.POD_A)
     assert (outcome.label, outcome.oif, world.flows) == ("accepted", w.POD_B, 1)
+
+
+# --- flows that end while their packets are on the way ----------------------------------------------------------------
+
+
+def test_a_reset_leaves_as_it_was_translated_although_the_next_segment_begins_anew(world):
+    """Both in one burst: nat comes after conntrack, which has ended the first connection by then."""
+    world.service(w.VIP, 80, (w.IP_B, 8080), (w.IP_A, 8080))
+    scenario = Scenario(world)
+    scenario.line("lan: tcp S out:4000 > vip:80 -> a: node:*1 > a:8080")
+    frames = [entering("lan", packet_of("tcp", flags, "out:4000", "vip:80"))[0] for flags in ("R", "S")]
+    reset, fresh = (leaving(outcome) for outcome in world.run(frames, w.UPLINK))
+    assert reset == f"a: node:{scenario.chosen['*1']} > a:8080"
+    assert fresh.startswith("b: node:")
+    assert world.flows == 1
+
+
+def test_what_is_given_up_for_a_later_packet_of_the_burst_leaves_translated():
+    world = World(flows=1)
+    world.service(w.VIP, 53, (w.IP_B, 5353), protocol="udp")
+    frames = [entering("a", packet_of("udp", None, f"a:{port}", "vip:53"))[0] for port in (1, 2, 3)]
+    left = [leaving(outcome) for outcome in world.run(frames, w.POD_A)]
+    assert left == [f"b: a:{port} > b:5353" for port in (1, 2, 3)]

@@ -8,17 +8,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dataplane.batch import PACKET
+from dataplane.batch import PACKET, ROWS
 from dataplane.tables import flow, tagged
 from dataplane.tables.flow import (
     ASSURED,
     CLASH,
+    DST_NAT,
     FLOW,
     FREE,
     FULL,
     MISS,
     ORIGINAL,
     REPLY,
+    RESERVE,
     SOURCE_KEPT,
     TUPLE,
     Count,
@@ -99,7 +101,7 @@ class FlowMachine(RuleBasedStateMachine):
     @rule(now=st.integers(0, 9))
     def expire(self, now):
         self.table.flows["status"] |= np.where(self.table.flows["expires_ns"] == FREE, 0, ASSURED).astype(np.uint16)
-        over = hand(self.table, now, 5)
+        over = hand(self.table, now, len(self.table.flows))
         assert sorted(over) == [row for row in sorted(self.deadlines) if self.deadlines[row] <= now]
         for row in over:
             self._delete(row)
@@ -182,8 +184,33 @@ def test_a_full_table_takes_a_flow_again_after_a_delete():
     newcomer = service_flow(4)
     assert insert(table, *newcomer) == FULL
     flow.delete(table.arrays, 2)
-    assert insert(table, *newcomer) == 2
+    assert insert(table, *newcomer) == 4
     assert find(table, service_flow(2)[0]) == MISS
+
+
+def test_a_row_is_not_used_again_within_a_burst():
+    """What a packet's flow said of it still holds when a later packet of the burst has ended the flow."""
+    table = filled(4)
+    before, freed = table.tuples.copy(), []
+    table.flows["status"] |= DST_NAT | SOURCE_KEPT
+    for number in range(ROWS):
+        freed.append(table.items()[0])
+        flow.delete(table.arrays, freed[-1])
+        assert insert(table, *service_flow(4 + number)) not in freed
+    assert len(table) == 4
+    assert (table.tuples["src_lo"][:8] == before["src_lo"][:8]).all()
+    assert (table.tuples["sport"][:8] == before["sport"][:8]).all()
+    assert set(table.flows["status"][:4]) == {DST_NAT}
+    assert RESERVE == ROWS
+
+
+def test_the_row_that_was_freed_first_is_used_first():
+    table = filled(4)
+    rows = list(range(4))
+    for number in range(3 * (RESERVE + 4)):
+        flow.delete(table.arrays, rows[number])
+        rows.append(insert(table, *service_flow(4 + number)))
+    assert rows == [number % (RESERVE + 4) for number in range(len(rows))]
 
 
 def test_a_clash_is_told_from_a_full_table():
@@ -246,7 +273,7 @@ def test_a_candidate_of_before_a_delete_does_not_match(direction):
     assert flow.matches(table.arrays, half, wanted)
     flow.delete(table.arrays, 0)
     assert not flow.matches(table.arrays, half, wanted)
-    assert insert(table, *service_flow(9)) == 0
+    assert insert(table, *service_flow(9)) == 2
     assert not flow.matches(table.arrays, half, wanted)
 
 
@@ -256,7 +283,7 @@ def test_deleting_a_row_that_is_not_in_use_does_nothing():
     for row in (0, 3):
         flow.delete(table.arrays, row)
     assert table.items() == [1]
-    assert [insert(table, *service_flow(number)) for number in range(4, 7)] == [0, 2, 3]
+    assert [insert(table, *service_flow(number)) for number in range(4, 7)] == [2, 3, 4]
 
 
 # --- by source -------------------------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ class Outcome:
 class World:
     """Tables as ``node`` would make them, with memory devices."""
 
-    def __init__(self, offload: bool = True) -> None:
-        self.tables = pipeline.Tables(seed=7, flows=FLOWS)
+    def __init__(self, offload: bool = True, flows: int = FLOWS) -> None:
+        self.tables = pipeline.Tables(seed=7, flows=flows)
         self.batch = b.make_batch()
         self.io = IoBuffers()
         self.now = 1_000 * SECOND

@@ -1,7 +1,7 @@
 /* The twin of dataplane/stages, continued from track.c: the first packet of a flow. What this bench's flows never need
  * (TCP, masquerading, affinity, schedulers but rr, a full table) is `elsewhere`. */
 
-enum { TABLE_USED, TABLE_HAND, TABLE_END, TABLE_FREED };
+enum { TABLE_USED, TABLE_HAND, TABLE_END, TABLE_FREED, TABLE_FIRST_FREED, RESERVE = 256 };
 
 static inline u64 hash_half(const struct tables *t, const struct half *half)
 {
@@ -53,18 +53,17 @@ static inline i64 insert(const struct tables *t, i64 now)
     u64 word = hash_half(t, original), reply_word = hash_half(t, reply);
     __builtin_prefetch(&t->flow_slots[(u32)reply_word & t->flow_mask]);
     i64 row = -2;
-    if (state[TABLE_FREED] > 0)
-        row = t->flow_free[state[TABLE_FREED] - 1];
-    else if (state[TABLE_END] < t->flow_capacity)
-        row = state[TABLE_END];
+    if (state[TABLE_USED] < t->flow_rows - RESERVE)
+        row = state[TABLE_FREED] > RESERVE ? t->flow_free[state[TABLE_FIRST_FREED]] : state[TABLE_END];
     if (search_half(t, word, original) >= 0 || search_half(t, reply_word, reply) >= 0 || SAME(original, reply))
         return -3;
     if (row < 0 || !put(t, word, 4 * row) || !put(t, reply_word, 4 * row + 2))
         return -2;
     state[TABLE_USED]++;
-    if (state[TABLE_FREED] > 0)
+    if (state[TABLE_FREED] > RESERVE) {
         state[TABLE_FREED]--;
-    else
+        state[TABLE_FIRST_FREED] = state[TABLE_FIRST_FREED] + 1 < t->flow_rows ? state[TABLE_FIRST_FREED] + 1 : 0;
+    } else
         state[TABLE_END]++;
     struct half *halves = &t->halves[2 * row];
     memcpy(&halves[0], &t->scratch[6], sizeof *halves);

@@ -8,8 +8,10 @@
 #define AHEAD 64
 #define ASSURED 0x0004
 #define COUNTED 0x0100
+#define NAT 0x0030
+#define RESERVE 256
 
-enum { USED, HAND, END, FREED, INSERT = 10, INSERT_FAILED = 11, TOO_LONG = 17 };
+enum { USED, HAND, END, FREED, FIRST_FREED, INSERT = 10, INSERT_FAILED = 11, TOO_LONG = 17 };
 enum { MISS = -1, FULL = -2, CLASH = -3 };
 
 struct key { u64 src_hi, src_lo, dst_hi, dst_lo; u16 sport, dport; u8 protocol; };
@@ -25,7 +27,7 @@ _Static_assert(sizeof(struct half) == 128 && sizeof(struct flow) == 256, "two an
 _Static_assert(offsetof(struct flow, status) == 86 && offsetof(struct flow, expires_ns) == 88, "as in FLOW");
 _Static_assert(offsetof(struct flow, backend) == 212 && offsetof(struct flow, created_ns) == 240, "as in FLOW");
 
-struct table { i64 *slots; i64 mask; const u64 *key; struct flow *flows; i64 capacity; i32 *free; i64 *state; struct half *scratch; };
+struct table { i64 *slots; i64 mask; const u64 *key; struct flow *flows; i64 rows; i32 *free; i64 *state; struct half *scratch; };
 
 static inline u64 hash(const struct table *t, const struct key *k)
 {
@@ -176,7 +178,9 @@ static i64 insert(const struct table *t, i64 now)
     const struct key *original = &t->scratch[0].key, *reply = &t->scratch[1].key;
     u64 word = hash(t, original), reply_word = hash(t, reply);
     __builtin_prefetch(&t->slots[(u32)reply_word & t->mask]);
-    i64 *state = t->state, row = state[FREED] ? t->free[state[FREED] - 1] : state[END] < t->capacity ? state[END] : FULL;
+    i64 *state = t->state, row = state[FREED] > RESERVE ? t->free[state[FIRST_FREED]] : state[END];
+    if (state[USED] >= t->rows - RESERVE)
+        row = FULL;
     if (search(t, word, original) >= 0 || search(t, reply_word, reply) >= 0 || same(original, reply)) {
         state[INSERT_FAILED]++;
         return CLASH;
@@ -193,9 +197,10 @@ static i64 insert(const struct table *t, i64 now)
         return FULL;
     }
     state[USED]++;
-    if (state[FREED])
+    if (state[FREED] > RESERVE) {
         state[FREED]--;
-    else
+        state[FIRST_FREED] = state[FIRST_FREED] + 1 < t->rows ? state[FIRST_FREED] + 1 : 0;
+    } else
         state[END]++;
     memcpy(&t->flows[row], &t->scratch[6], sizeof *t->flows);
     t->flows[row].key = *original;
@@ -214,11 +219,11 @@ static void delete(const struct table *t, i64 row)
     if (take_out(t, word, 4 * row) < 0)
         return;
     take_out(t, reply_word, 4 * row + 2);
-    memset(&flow->key, 0, sizeof flow->key);
-    memset(&reply->key, 0, sizeof reply->key);
+    flow->key.protocol = reply->key.protocol = 255;
     flow->expires_ns = FREE;
-    flow->status = 0;
-    t->free[t->state[FREED]++] = row;
+    flow->status &= NAT;
+    i64 at = t->state[FIRST_FREED] + t->state[FREED]++;
+    t->free[at < t->rows ? at : at - t->rows] = row;
     t->state[USED]--;
 }
 
@@ -240,7 +245,7 @@ void leave(const struct table *t, const i64 *rows, i64 count)
 /* The hand goes around once over flows that live. */
 i64 sweep(const struct table *t, i64 now)
 {
-    i64 end = t->state[END], row = t->state[HAND], crowded = 100 * t->state[USED] > 95 * t->capacity;
+    i64 end = t->state[END], row = t->state[HAND], crowded = 100 * t->state[USED] > 95 * (t->rows - RESERVE);
     for (i64 left = end; left > 0; left--) {
         i64 at = row < end ? row : 0;
         row = at + 1;

@@ -33,7 +33,7 @@ struct tables {
     struct service *services;
     struct backend *backends;
     const i64 *timeouts;
-    i64 flow_capacity;
+    i64 flow_rows;
     i32 *flow_free;
     i64 *flow_state;
     struct half *scratch;
