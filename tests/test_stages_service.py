@@ -213,3 +213,18 @@ def test_a_client_port_that_is_used_again_is_scheduled_at_once(world, scenario):
     scenario.line("a: tcp S a:4000 > vip:80 -> b: a:4000 > b:8080")
     world.tables.services.add(row, ip_address(w.IP_B), 8080, Destination(weight=0))
     scenario.line("a: tcp S a:4000 > vip:80 -> a: node:4000 > a:8080")
+
+
+def test_a_service_that_is_made_again_counts_the_flows_that_came_back(world, scenario):
+    """Its backend kept its row and connections; its own row is another service's by now."""
+    services = world.tables.services
+    row = world.service(w.VIP, 80, (w.IP_B, 8080))
+    scenario.line("a: tcp S a:4000 > vip:80 -> b: a:4000 > b:8080")
+    services.delete(row)
+    other = world.service(w.VIP, 81, (w.IP_B, 8080))
+    again = world.service(w.VIP, 80, (w.IP_B, 8080))
+    assert other == row != again
+    scenario.line("b: tcp SA b:8080 > a:4000 -> a: vip:80 > a:4000")
+    assert [int(services.services[each]["out_packets"]) for each in (other, again)] == [0, 1]
+    flow = world.tables.flows.flows[0]
+    assert (flow["service"], flow["service_generation"]) == (again, services.services[again]["generation"])

@@ -144,7 +144,13 @@ def follow(packet: Any, tables: Any, e: int, now: int) -> None:
     if state == LbState.UDP and int(flow["lb_expires_ns"]) > int(flow["expires_ns"]):
         # ip_vs remembers where a datagram of this client went longer than conntrack does.
         flow["expires_ns"] = flow["lb_expires_ns"]
-    _count(packet, arrays[2][int(flow["service"])], record, e & 1)
+    home = int(record["service"])
+    service = arrays[2][home]
+    if int(flow["service"]) != home or int(flow["service_generation"]) != int(service["generation"]):
+        # The service was deleted and made again, its backend came back with its connections: only it knows the row.
+        flow["service"] = home
+        flow["service_generation"] = service["generation"]
+    _count(packet, service, record, e & 1)
 
 
 @kernel
