@@ -59,7 +59,7 @@ def make_tables(flows: int) -> Tables:
     settings[b.NODE_LO], settings[b.GATEWAY_LO] = halves(NODE)[1], halves("169.254.1.1")[1]
     settings[b.VTEP_MAC], settings[b.VNI], settings[b.TUNNEL_PORT] = VTEP_MAC, 4096, vxlan.PORT
     settings[b.TUNNEL_PORT_LOW], settings[b.TUNNEL_PORT_HIGH] = 32768, 60999
-    settings[b.TUNNEL_INTERFACE], settings[b.POD_MTU], settings[b.PROXY_ARP] = UNDERLAY, POD_MTU, 1
+    settings[b.POD_MTU], settings[b.PROXY_ARP] = POD_MTU, 1
     _interface(tables, UPLINK, Role.UPLINK, 1500, NODE_MAC)
     _interface(tables, UNDERLAY, Role.UNDERLAY, 1500, NODE_MAC)
     for pod in range(PODS):

@@ -59,20 +59,19 @@ PACKET = np.dtype(
             "start", "length", "l3", "l4", "src_hi", "src_lo", "dst_hi", "dst_lo",
             "sport", "dport", "protocol", "ttl", "tos", "tcp_flags", "iif", "oif", "verdict", "reason", "flags",
             "mark", "flow", "route", "vtep", "vnet_flags", "gso_type", "hdr_len", "gso_size", "csum_start",
-            "csum_offset", "ethertype", "slot", "size", "max_fragment", "fragment", "ip_id", "mtu", "next_hi",
-            "next_lo",
+            "csum_offset", "ethertype", "slot", "size", "max_fragment", "fragment", "mtu", "next_hi", "next_lo",
         ],
         "formats": [
             "i4", "i4", "i4", "i4", "u8", "u8", "u8", "u8",
             "u2", "u2", "u1", "u1", "u1", "u1", "u2", "u2", "u1", "u1", "u2",
             "u4", "i4", "i4", "i4", "u1", "u1", "u2", "u2", "u2", "u2",
-            "u2", "i4", "i4", "u2", "u2", "u4", "i4", "u8", "u8",
+            "u2", "i4", "i4", "u2", "u2", "i4", "u8", "u8",
         ],
         "offsets": [
             0, 4, 8, 12, 16, 24, 32, 40,
             48, 50, 52, 53, 54, 55, 56, 58, 60, 61, 62,
             64, 68, 72, 76, 80, 81, 82, 84, 86, 88,
-            90, 92, 96, 100, 102, 104, 108, 112, 120,
+            90, 92, 96, 100, 102, 108, 112, 120,
         ],
         "itemsize": 128,
     }
@@ -141,26 +140,24 @@ ERROR_REFILLED = REASONS + 4  # when that was last topped up, ns
 EMITTED = REASONS + 5  # datagrams of this burst that lie in assembly slots
 COUNTER_COUNT = REASONS + 32
 
-NODE_HI = 0  # the node's own address, source of the tunnel's outer packets
-NODE_LO = 1
-GATEWAY_LO = 2  # 169.254.1.1, the low half of its 128 bits
-VTEP_MAC = 3
-VNI = 4
-TUNNEL_PORT = 5
-TUNNEL_PORT_LOW = 6  # outer UDP source ports are taken from [low, high)
-TUNNEL_PORT_HIGH = 7
-TUNNEL_INTERFACE = 8  # interface row of the VXLAN socket
-POD_MTU = 9
-PROXY_ARP = 10  # whether pods get answers for more than the gateway
-HOST_INTERFACE = 11  # interface row of the host's own device (dp0); 0: none, the slow path answers for the node
-TUNNEL_LO = 12  # the tunnel's own address, low half: what is masqueraded into the tunnel; 0: none
-MASQUERADE_LOW = 13  # source ports for masquerading are taken from [low, high]; 0: by the kernel's port classes
-MASQUERADE_HIGH = 14
-MASQUERADE_ALL = 15  # kube-proxy's masqueradeAll
-NAT_OUTGOING = 16  # IPPool.spec.natOutgoing
-NAT_RANDOM = 17  # natOutgoing takes a random port at once (iptables --random-fully)
-TCP_LIBERAL = 18  # nf_conntrack_tcp_be_liberal: segments outside the window are counted, not dropped
-TCP_LOOSE = 19  # nf_conntrack_tcp_loose: connections are picked up in the middle
-UPLINK_OWN = 20  # the uplink is ours alone: the host's stack has no address on it
-ROUTE_GENERATION = 21  # changes with every edit of routes or addresses
+NODE_LO = 0  # the node's own address, low half: source of the tunnel's outer packets
+GATEWAY_LO = 1  # 169.254.1.1, the low half of its 128 bits
+VTEP_MAC = 2
+VNI = 3
+TUNNEL_PORT = 4
+TUNNEL_PORT_LOW = 5  # outer UDP source ports are taken from [low, high)
+TUNNEL_PORT_HIGH = 6
+POD_MTU = 7
+PROXY_ARP = 8  # whether pods get answers for more than the gateway
+HOST_INTERFACE = 9  # interface row of the host's own device (dp0); 0: none, the slow path answers for the node
+TUNNEL_LO = 10  # the tunnel's own address, low half: what is masqueraded into the tunnel; 0: none
+MASQUERADE_LOW = 11  # source ports for masquerading are taken from [low, high]; 0: by the kernel's port classes
+MASQUERADE_HIGH = 12
+MASQUERADE_ALL = 13  # kube-proxy's masqueradeAll
+NAT_OUTGOING = 14  # IPPool.spec.natOutgoing
+NAT_RANDOM = 15  # natOutgoing takes a random port at once (iptables --random-fully)
+TCP_LIBERAL = 16  # nf_conntrack_tcp_be_liberal: segments outside the window are counted, not dropped
+TCP_LOOSE = 17  # nf_conntrack_tcp_loose: connections are picked up in the middle
+UPLINK_OWN = 18  # the uplink is ours alone: the host's stack has no address on it
+ROUTE_GENERATION = 19  # changes with every edit of routes or addresses
 SETTING_COUNT = 32

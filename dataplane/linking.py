@@ -7,8 +7,8 @@ intermediate form (*linked*), and the function that Python calls (the *entry*) g
 or not, and is optimized once. Compiling the conntrack stage, 190 functions, took 61 s of processor time before and 18 s
 since.
 
-This file and ``jit`` are the only ones that know numba. What is used here are the parts of its compiler that it offers
-to replace: the pipeline, the lowering pass, the code library.
+This file, ``jit`` and ``devices/syscalls`` are the only ones that know numba. What is used here are the parts of its
+compiler that it offers to replace: the pipeline, the lowering pass, the code library.
 """
 
 from typing import Any

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dataplane import config, settle
-from dataplane.apply import HOST, UNDERLAY, Wiring
-from dataplane.batch import TUNNEL_INTERFACE
+from dataplane.apply import HOST, Wiring
 from dataplane.control import claims, reconcile
 from dataplane.control.api import Listing
 from dataplane.control.edits import AddDestination, ChangeDestination, NeedsRestart, RemoveDestination, describe
@@ -87,7 +86,6 @@ class Node:
     def _configure(self, state: DesiredState) -> None:
         """Write down what stays as it is while the node runs."""
         settle.fix(self.tables.settings, state)
-        self.tables.settings[TUNNEL_INTERFACE] = UNDERLAY
         if state.tunnel_address is not None:
             self.slow.tunnel_address = state.tunnel_address.packed
 

@@ -26,7 +26,7 @@ _TIMEOUTS = {
 def fix(settings: Array, state: DesiredState) -> None:
     """Write down what stays as it is while the node runs."""
     if state.node.addresses:
-        settings[batch.NODE_HI], settings[batch.NODE_LO] = halves(state.node.addresses[0])
+        settings[batch.NODE_LO] = halves(state.node.addresses[0])[1]
     settings[batch.GATEWAY_LO] = halves(state.pod_network.gateway)[1]
     settings[batch.VTEP_MAC] = state.node.vtep_mac
     settings[batch.VNI], settings[batch.TUNNEL_PORT] = state.vxlan.vni, state.vxlan.port

@@ -75,7 +75,7 @@ class World:
         settings[b.VTEP_MAC] = parse_mac(VTEP)
         settings[b.VNI], settings[b.TUNNEL_PORT] = 4096, vxlan.PORT
         settings[b.TUNNEL_PORT_LOW], settings[b.TUNNEL_PORT_HIGH] = 32768, 60999
-        settings[b.TUNNEL_INTERFACE], settings[b.POD_MTU] = UNDERLAY, POD_MTU
+        settings[b.POD_MTU] = POD_MTU
         settings[b.PROXY_ARP] = 1
         flags = UP | OFFLOAD if offload else UP
         self.interface(UPLINK, Role.UPLINK, flags, 1500, UPLINK_MAC)

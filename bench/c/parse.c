@@ -97,7 +97,6 @@ static inline i64 parse_ipv4(const u8 *data, struct packet *p, i64 end)
     p->tos = data[l3 + 1];
     p->ttl = data[l3 + 8];
     p->protocol = data[l3 + 9];
-    p->ip_id = load16(data + l3 + 4);
     p->src_hi = p->dst_hi = 0;
     p->src_lo = V4_PREFIX | load32(data + l3 + 12);
     p->dst_lo = V4_PREFIX | load32(data + l3 + 16);

@@ -111,7 +111,6 @@ def _parse_ipv4(data: Any, packet: Any, end: int) -> int:
     packet["tos"] = load8(data, l3 + 1)
     packet["ttl"] = load8(data, l3 + 8)
     packet["protocol"] = load8(data, l3 + 9)
-    packet["ip_id"] = load16(data, l3 + 4)
     packet["src_hi"] = 0
     packet["dst_hi"] = 0
     packet["src_lo"] = V4_PREFIX | load32(data, l3 + 12)
