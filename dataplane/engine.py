@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dataplane import jit, pipeline
-from dataplane.batch import INJECTED, REASSEMBLED, ROWS, make_batch
+from dataplane.batch import INJECTED, REASSEMBLED, ROWS, WAITED, make_batch
 from dataplane.devices.io import IoBuffers
 from dataplane.devices.memory import load
 from dataplane.pipeline import Tables
@@ -170,7 +170,10 @@ class Engine:
         while frames:
             count = load(self.batch, [item.frame for item in frames], 0, [item.vnet for item in frames])
             largest = [item.max_fragment for item in frames[:count]]
-            packets["flags"][:count] = [INJECTED | (REASSEMBLED if size else 0) for size in largest]
+            waited = [WAITED if item.waited else 0 for item in frames[:count]]
+            packets["flags"][:count] = [
+                INJECTED | flag | (REASSEMBLED if size else 0) for flag, size in zip(waited, largest, strict=True)
+            ]
             packets["max_fragment"][:count] = largest
             index = pipeline.LOADED
             if frames[0].oif:

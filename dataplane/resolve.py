@@ -43,6 +43,7 @@ class Outgoing:
     oif: int = 0
     vnet: Vnet = NO_OFFLOAD
     max_fragment: int = 0  # of a datagram that came in fragments: the largest one's IP length
+    waited: bool = False  # it was received, and not made here
 
 
 @dataclass(slots=True)

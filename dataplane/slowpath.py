@@ -23,11 +23,13 @@ from dataplane.batch import (
     COUNTERS,
     ERRORS_LIMITED,
     GATEWAY_LO,
+    INJECTED,
     INJECTED_TOTAL,
     INTERFACE_TABLE,
     NODE_LO,
     OWES_ERROR,
     SETTINGS,
+    WAITED,
     Batch,
 )
 from dataplane.devices.memory import Vnet, unload
@@ -304,4 +306,5 @@ def _snapshot(batch: Batch, row: int) -> Outgoing:
     packet = batch.packets[row]
     fields = ("vnet_flags", "gso_type", "hdr_len", "gso_size", "csum_start", "csum_offset")
     vnet = Vnet(*(int(packet[name]) for name in fields))
-    return Outgoing(unload(batch, row), int(packet["oif"]), vnet, int(packet["max_fragment"]))
+    waited = int(packet["flags"]) & (INJECTED | WAITED) != INJECTED
+    return Outgoing(unload(batch, row), int(packet["oif"]), vnet, int(packet["max_fragment"]), waited)

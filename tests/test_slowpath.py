@@ -377,7 +377,8 @@ def test_a_packet_waits_for_its_next_hop_and_then_leaves(node):
     reply = arp_request(w.NODE, sender=w.LAN_GATEWAY, mac=w.LAN_MAC, to=w.UPLINK_MAC)
     reply["ARP"].op = 2
     released = node.answers(reply, w.UPLINK)
-    outcome = node.one(released[0].frame, 0, flags=b.INJECTED)
+    assert released[0].waited
+    outcome = node.one(released[0].frame, 0, flags=b.INJECTED | b.WAITED)
     assert (outcome.reason, outcome.oif) == (Reason.ACCEPTED, w.UPLINK)
     assert outcome.frame == bytes(Ether(src=w.UPLINK_MAC, dst=w.LAN_MAC) / udp(w.OUTSIDE, ttl=8))
     assert node.balanced()

@@ -1,5 +1,7 @@
 """What becomes of packets that begin, continue and end flows, and of errors about them."""
 
+from ipaddress import ip_address
+
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import IPv6
@@ -9,6 +11,7 @@ from scapy.packet import Raw
 from dataplane import batch as b
 from dataplane.stages import conntrack
 from dataplane.tables.flow import Count, Timeout
+from dataplane.tables.policy import LOCAL, Exposure
 from dataplane.tables.route import Kind, Route
 from dataplane.verdict import Reason
 from tests import world as w
@@ -244,3 +247,49 @@ def test_what_is_given_up_for_a_later_packet_of_the_burst_leaves_translated():
     frames = [entering("a", packet_of("udp", None, f"a:{port}", "vip:53"))[0] for port in (1, 2, 3)]
     left = [leaving(outcome) for outcome in world.run(frames, w.POD_A)]
     assert left == [f"b: a:{port} > b:5353" for port in (1, 2, 3)]
+
+
+# --- packets that wait for a neighbor ---------------------------------------------------------------------------------
+
+
+def held(world, *segments):
+    """Segments of a backend to a client on the LAN whose link address is not known; what is kept of them."""
+    frames = [entering("a", packet_of("tcp", flags, "a:8080", "out:4000"))[0] for flags in segments]
+    outcomes = world.run(frames, w.POD_A)
+    assert {outcome.reason for outcome in outcomes} == {Reason.NEIGH_RESOLVE}
+    return [outcome.frame for outcome in outcomes]
+
+
+@pytest.fixture
+def served():
+    """A service whose client keeps its address, and a connection to it; the way back to the client is not known."""
+    world = World()
+    world.served = world.service(w.LB_IP, 80, (w.IP_A, 8080), exposure=Exposure.LOAD_BALANCER, flags=LOCAL)
+    Scenario(world).line("lan: tcp S out:4000 > lb:80 -> a: out:4000 > a:8080")
+    return world
+
+
+def released(world, *frames):
+    world.neighbour(w.UPLINK, w.LAN_GATEWAY, w.LAN_MAC)
+    return [leaving(outcome) for outcome in world.run(frames, 0, flags=b.INJECTED | b.WAITED)]
+
+
+def test_what_has_waited_is_translated_and_counted_once(served):
+    assert released(served, *held(served, "SA")) == ["lan: lb:80 > out:4000"]
+    assert served.tables.flows.tuples["packets"][:2].tolist() == [1, 1]
+    assert int(served.tables.services.services[served.served]["out_packets"]) == 1
+
+
+def test_what_has_waited_for_longer_than_its_flow_lived_does_not_leave_untranslated(served):
+    frames = held(served, "SA", "SA")
+    served.tables.services.remove(served.served, ip_address(w.IP_A), 8080)
+    assert released(served, *frames) == ["lb.dest-deleted", "ct.not-syn"]
+
+
+def test_an_error_of_our_own_is_no_flows(world, scenario):
+    """It quotes a packet as that came in: the flow that the inverted quote would name has nothing to undo in it."""
+    scenario.line("lan: udp out:1 > a:1 -> a: out:1 > a:1")
+    quoted = packet_of("udp", None, "a:1", "out:1")
+    own = error("node", "a", quoted)
+    (outcome,) = world.run([lan_frame(own)], 0, flags=b.INJECTED)
+    assert (leaving_oif(outcome), int(outcome.record["flow"])) == ("a", -1)

@@ -6,7 +6,7 @@ DNS queries, k/k#56903). All later packets, and the ICMP errors about them, use 
 
 The record gets the translated destination, by which ``route`` sends the packet; the bytes are translated by ``nat``,
 behind it. What ``route`` drops is therefore still the client's own packet when it is quoted in an ICMP error, and what
-waits for a neighbor comes by here again.
+waits for a neighbor comes by here again: it is translated then, but has moved its flow on already.
 
 Three passes: hash and prefetch the slot; find the candidate and prefetch its flow; compare and act. The third is in
 order, row by row: what a packet does to its flow holds for the next one.
@@ -35,6 +35,7 @@ from dataplane.batch import (
     TIMEOUTS,
     TUNNELED,
     UPLINK_OWN,
+    WAITED,
 )
 from dataplane.codecs import ethernet, icmp, icmpv6
 from dataplane.jit import kernel, load8
@@ -138,6 +139,9 @@ def _follow(data: Any, packet: Any, tables: Any, e: int, now: int) -> int:
             return _AGAIN
     if int(flow["status"]) & MASQUERADED and _moved(tables, e >> 1):
         return _AGAIN
+    if int(packet["flags"]) & WAITED:
+        _aim(packet, tables, e)
+        return Reason.ACCEPTED
     if protocol == _TCP:
         why = tcp.follow(data, packet, tables, e, now)
         if why == tcp.RESTART:
@@ -172,10 +176,16 @@ def _refresh(flow: Any, protocol: int, direction: int, timeouts: Any, now: int) 
 @kernel
 def _take(packet: Any, tables: Any, e: int) -> None:
     """Put a packet into its flow: count it, and write the translated destination into its record."""
-    flows = tables[FLOWS]
-    half = flows[2][e]
+    half = tables[FLOWS][2][e]
     half["packets"] = int(half["packets"]) + 1
     half["bytes"] = int(half["bytes"]) + int(packet["length"]) - ethernet.HEADER
+    _aim(packet, tables, e)
+
+
+@kernel
+def _aim(packet: Any, tables: Any, e: int) -> None:
+    """Write a packet's flow and the translated destination into its record."""
+    flows = tables[FLOWS]
     packet["flow"] = e
     flow = flows[3][e >> 1]
     packet["mark"] = flow["mark"]
@@ -233,17 +243,18 @@ def _is_error(data: Any, packet: Any) -> bool:
 @kernel
 def _relate(data: Any, packet: Any, tables: Any, now: int) -> int:
     """Find the flow that an ICMP error is about by the packet that it quotes (nf_conntrack_inet_error)."""
+    packet["flow"] = -1
+    if _is_own(packet):
+        return Reason.ACCEPTED  # it quotes a packet as that came in, not as it would have left: nothing is to be undone
     flows = tables[FLOWS]
     inner = flows[6][2]
-    # What our own slow path says quotes a packet as it came in, not as it would have left: nothing is to be undone.
-    injected = int(packet["flags"]) & INJECTED != 0
     if not quoted_tuple(data, packet, inner):
-        return Reason.ACCEPTED if injected else _unclaimed(packet, tables, Reason.ICMP_BAD_INNER)
+        return _unclaimed(packet, tables, Reason.ICMP_BAD_INNER)
     e = table.find(flows, inner)
     if e < 0 or int(flows[3][e >> 1]["expires_ns"]) <= now:
-        return Reason.ACCEPTED if injected else _unclaimed(packet, tables, Reason.ICMP_UNRELATED)
+        return _unclaimed(packet, tables, Reason.ICMP_UNRELATED)
     if packet["dst_lo"] != inner["dst_lo"] or packet["dst_hi"] != inner["dst_hi"]:
-        return Reason.ACCEPTED if injected else _unclaimed(packet, tables, Reason.ICMP_BAD_INNER)
+        return _unclaimed(packet, tables, Reason.ICMP_BAD_INNER)
     packet["flow"] = e
     packet["flags"] = (int(packet["flags"]) | RELATED) & 0xFFFF
     if int(flows[3][e >> 1]["status"]) & (SRC_NAT | DST_NAT):
@@ -254,6 +265,12 @@ def _relate(data: Any, packet: Any, tables: Any, now: int) -> int:
         packet["dst_hi"] = other["src_hi"]
         packet["dst_lo"] = other["src_lo"]
     return Reason.ACCEPTED
+
+
+@kernel
+def _is_own(packet: Any) -> bool:
+    """Say whether the slow path has made a packet; what it had held for a neighbor is not its own."""
+    return int(packet["flags"]) & (INJECTED | WAITED) == INJECTED
 
 
 @kernel
@@ -292,7 +309,7 @@ def _begin(data: Any, packet: Any, tables: Any, now: int) -> int:
         return _owing(packet, Reason.CT_NOT_SYN)
     if why != Reason.ACCEPTED:
         # The slow path's own packets are answers, not the beginning of anything.
-        return Reason.ACCEPTED if int(packet["flags"]) & INJECTED else why
+        return Reason.ACCEPTED if _is_own(packet) else why
     if row >= 0:
         return _to_service(data, packet, tables, row, now)
     if not _is_deliverable(tables, kind):
