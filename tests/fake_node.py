@@ -256,6 +256,13 @@ def snapshots() -> dict[str, Any]:
             "peers": 1,
             "routes": 7,
         },
+        **_whereabouts(),
+        **_counts(),
+    }
+
+
+def _whereabouts() -> dict[str, Any]:
+    return {
         "interfaces": {
             "interfaces": [
                 interface(1, "cali0d7763386da"),
@@ -307,6 +314,11 @@ def snapshots() -> dict[str, Any]:
                 }
             ]
         },
+    }
+
+
+def _counts() -> dict[str, Any]:
+    return {
         "drops": {
             "reasons": [
                 {
