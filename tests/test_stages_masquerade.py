@@ -82,6 +82,20 @@ def test_a_masqueraded_flow_dies_with_its_address(world, scenario):
     scenario.line("a: udp a:4000 > out:53 -> tunnel: tunnel:*2 > out:53")
 
 
+def test_an_answer_to_a_masqueraded_flow_does_not_end_it(world, scenario):
+    """It would be taken for a new flow, from outside to the host, and hold the tuple that the real one needs."""
+    world.host()
+    world.tables.settings[b.NAT_OUTGOING] = world.tables.settings[b.UPLINK_OWN] = 1
+    scenario.line("a: udp a:4000 > out:53 -> lan: node:*1 > out:53")
+    world.route("198.51.100.0/24", Route(Kind.TUNNEL, vtep=world.peer))
+    world.tables.settings[b.ROUTE_GENERATION] += np.uint64(1)
+    scenario.run("""
+        tunnel: udp out:53 > node:*1 -> a: out:53 > a:4000
+        a: udp a:4000 > out:53       -> tunnel: tunnel:*2 > out:53
+    """)
+    assert world.flows == 1
+
+
 def test_without_an_address_nothing_is_masqueraded(world):
     for setting in (b.NODE_LO, b.GATEWAY_LO, b.TUNNEL_LO):
         world.tables.settings[setting] = 0

@@ -137,7 +137,8 @@ def _follow(data: Any, packet: Any, tables: Any, e: int, now: int) -> int:
             return Reason.LB_DEST_DELETED
         if direction == ORIGINAL and protocol == _TCP and _is_syn(packet) and service.is_quiesced(tables, flow):
             return _AGAIN
-    if int(flow["status"]) & MASQUERADED and _moved(tables, e >> 1):
+    # Only the client's own packets ask: an answer to the old address is begun again by nobody (nf_nat_oif_changed).
+    if direction == ORIGINAL and int(flow["status"]) & MASQUERADED and _moved(tables, e >> 1):
         return _AGAIN
     if int(packet["flags"]) & WAITED:
         _aim(packet, tables, e)
