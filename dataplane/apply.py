@@ -1,8 +1,8 @@
 """Carrying out a plan: from edits of the desired state to rows of tables and open devices.
 
-Three steps. *Prepare* opens what is new (namespaces, TAPs) in a thread, while packets flow. *Commit* edits the tables
-in one go between two bursts: a packet sees the old state or the new one. *Clean up* closes what went. A failure to
-prepare leaves everything as it was.
+Three steps. *Prepare* makes what is new while packets flow: namespaces and TAPs in a thread, rows of virtual servers a
+few at a time, not to be found yet. *Commit* edits the tables in one go between two bursts: a packet sees the old state
+or the new one. *Clean up* closes what went. A failure to prepare leaves everything as it was.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from dataplane.tables.interface import INTERFACES, OFFLOAD, UP, Driver, Role
 from dataplane.tables.result import TableFullError
 from dataplane.tables.route import ANNOUNCED, HOSTED, Kind, Route
 
+_SLICE = 16  # virtual servers between two turns of the packets: 1 ms
 NODE, UPLINK, UNDERLAY, HOST, FIRST_POD = 0, 1, 2, 3, 4  # interface rows
 POD_INTERFACE = "eth0"
 
@@ -94,7 +95,12 @@ class Wiring:
         """
         self.balancer.require_room(edits)
         self._require_room(edits)
-        opened, closed = await self._prepare(edits, state)
+        try:
+            await self._stage(edits)
+            opened, closed = await self._prepare(edits, state)
+        except BaseException:
+            self.balancer.discard()
+            raise
         self.state = state
         now = time.monotonic_ns()
         for edit in edits:
@@ -106,6 +112,9 @@ class Wiring:
         self.engine.refresh()
         for link in closed:
             await asyncio.to_thread(link.close, self.journal)
+        for number, _ in enumerate(self.balancer.news(), 1):
+            if number % _SLICE == 0:
+                await asyncio.sleep(0)
         await strays.end(self.tables.flows, strays.claimed(edits), now)
 
     def _require_room(self, edits: Sequence[Edit]) -> None:
@@ -120,6 +129,16 @@ class Wiring:
             raise TableFullError("vtep", len(self.vteps), self.tables.vteps.capacity)
 
     # --- prepare -----------------------------------------------------------------------------------------------------
+
+    async def _stage(self, edits: Sequence[Edit]) -> None:
+        """Make new virtual servers, some at a time: packets find them when the plan is committed."""
+        added = (edit.server for edit in edits if isinstance(edit, plan.AddServer))
+        for number, server in enumerate(added, 1):
+            self.balancer.stage(server)
+            if number % _SLICE == 0:
+                self.engine.refresh()
+                await asyncio.sleep(0)
+        self.engine.refresh()
 
     async def _prepare(self, edits: Sequence[Edit], state: DesiredState) -> tuple[dict[str, PodLink], list[PodLink]]:
         """Open the links of new and moved pods; return them by name, and those that are to be closed afterwards.

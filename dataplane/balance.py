@@ -12,8 +12,8 @@ scheduled anew.
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 from dataplane.control import edits as plan
 from dataplane.control.edits import Edit
@@ -52,6 +52,8 @@ class Balancer:
         self._rows: dict[ServerKey, int] = {}
         self._servers: dict[int, VirtualServer] = {}
         self._leaving: dict[ServerKey, dict[_Backend, int]] = {}  # until when; 0: until it is idle
+        self._staged: dict[ServerKey, int] = {}
+        self._news: list[tuple[Any, ...]] = []
         self.names: dict[int, tuple[str, str, str, str]] = {}
         self.last_sync = 0.0
 
@@ -65,6 +67,27 @@ class Balancer:
     def is_leaving(self, key: ServerKey, address: Address, port: int) -> bool:
         """Say whether a destination is on its way out."""
         return (address, port) in self._leaving.get(key, ())
+
+    # --- before the edits ---------------------------------------------------------------------------------------------
+
+    def stage(self, server: VirtualServer) -> None:
+        """Make a virtual server that no packet finds yet, so that to add it afterwards takes a moment only.
+
+        Not one that was here before and has flows: they would find their backends.
+        """
+        protocol, address, port = server.key
+        if self._table.has_left(PROTOCOLS[protocol], address, port):
+            return
+        row = self._table.stage(PROTOCOLS[protocol], address, port, _scheduling(server))
+        self._staged[server.key] = row
+        self._furnish(row, server)
+
+    def discard(self) -> None:
+        """Forget what was staged."""
+        while self._staged:
+            row = self._staged.popitem()[1]
+            self._table.discard(row)
+            self._policies.clear(row)
 
     # --- edits -------------------------------------------------------------------------------------------------------
 
@@ -106,13 +129,13 @@ class Balancer:
                 self._change_server(old, new)
             case plan.RemoveServer(server):
                 self._remove_server(server.key)
-                log.info("service removed name=%s vip=%s", server.service, server.key)
+                self._say("service removed name=%s vip=%s", server.service, server.key)
             case plan.AddDestination(server, destination):
                 self._add(server.key, destination)
-                log.info("endpoint added service=%s vip=%s to=%s", server.service, server.key, _text(destination))
+                self._say("endpoint added service=%s vip=%s to=%s", server.service, server.key, _text(destination))
             case plan.ChangeDestination(server, destination):
                 self._weigh(server.key, destination)
-                log.info(
+                self._say(
                     "endpoint changed service=%s vip=%s to=%s weight=%d",
                     server.service, server.key, _text(destination), destination.weight,
                 )  # fmt: skip
@@ -124,29 +147,41 @@ class Balancer:
         return True
 
     def _add_server(self, server: VirtualServer) -> None:
-        row = self._set(server)
+        row = self._staged.pop(server.key, None)
+        if row is None:
+            protocol, address, port = server.key
+            row = self._table.set(PROTOCOLS[protocol], address, port, _scheduling(server))
+            self._furnish(row, server)
+        else:
+            self._table.publish(row)
+        self._enter(row, server)
+        count = len(server.destinations)
+        self._say("service added name=%s vip=%s backends=%d", server.service, server.key, count)
+
+    def _furnish(self, row: int, server: VirtualServer) -> None:
+        self._set_policy(row, server)
         self._table.fill(
             row, ((each.address, each.port, table.Destination(each.weight)) for each in server.destinations)
         )
-        count = len(server.destinations)
-        log.info("service added name=%s vip=%s backends=%d", server.service, server.key, count)
 
-    def _set(self, server: VirtualServer) -> int:
-        protocol, address, port = server.key
-        row = self._table.set(PROTOCOLS[protocol], address, port, _scheduling(server))
+    def _set_policy(self, row: int, server: VirtualServer) -> None:
         flags = server.local * LOCAL | server.no_local * NO_LOCAL
         self._policies.set(row, _EXPOSURES[server.kind], flags, server.ranges or None)
+
+    def _enter(self, row: int, server: VirtualServer) -> None:
         self._rows[server.key], self._servers[row] = row, server
         self.names[row] = (server.service, server.port_name, server.kind, server.origin)
-        return row
 
     def _change_server(self, old: VirtualServer, new: VirtualServer) -> None:
-        row = self._set(new)
+        row = self._rows[new.key]
+        self._table.set(PROTOCOLS[new.key.protocol], new.key.address, new.key.port, _scheduling(new))
+        self._set_policy(row, new)
+        self._enter(row, new)
         if new.scheduler == "mh" != old.scheduler:
             for _, address, port in list(self._table.members(row)):
                 if self._weight(row, address, port) == 0:
                     self._quiesce(row, address, port)
-        log.info("service changed name=%s vip=%s scheduler=%s", new.service, new.key, new.scheduler)
+        self._say("service changed name=%s vip=%s scheduler=%s", new.service, new.key, new.scheduler)
 
     def _remove_server(self, key: ServerKey) -> None:
         row = self._rows.pop(key)
@@ -154,6 +189,16 @@ class Balancer:
         self._table.delete(row)
         self._policies.clear(row)
         del self._servers[row], self.names[row]
+
+    def _say(self, *words: Any) -> None:
+        self._news.append(words)
+
+    def news(self) -> Iterator[None]:
+        """Log what was carried out, a line at each step: ten thousand take half a second, while packets flow."""
+        news, self._news = self._news, []
+        for words in news:
+            log.info(*words)
+            yield
 
     # --- destinations ------------------------------------------------------------------------------------------------
 
@@ -191,7 +236,7 @@ class Balancer:
         else:
             self._table.remove(row, address, port)
         to, drains = _text(destination), open_now if key.protocol == "TCP" else 0
-        log.info("endpoint removed service=%s vip=%s to=%s draining=%d", server.service, key, to, drains)
+        self._say("endpoint removed service=%s vip=%s to=%s draining=%d", server.service, key, to, drains)
 
     def _connections(self, row: int, address: Address, port: int) -> int:
         record = self._table.backends[self._table.find_backend(row, address, port)]

@@ -183,7 +183,7 @@ class Node:
         if self.underlay is not None:
             self.underlay.follow(state, self._ours)
         await self._health.update(state)
-        return {"applied": [describe(edit) for edit in edits], "errors": []}
+        return {"applied": await asyncio.to_thread(lambda: [describe(edit) for edit in edits]), "errors": []}
 
     async def set_service(self, values: Mapping[str, Any]) -> Reload:
         """Add a service, or replace one whole; the keys are those of ``[[services.static]]``."""

@@ -47,24 +47,35 @@ class Rows:
     def _insert(self, scope: int, address: Address | str) -> int:
         """Return the row of an address, a zeroed new one if it is not in."""
         row = self._find(scope, address)
-        if row >= 0:
-            return row
+        if row < 0:
+            row = self._reserve(scope, address)
+            self._enter(row)
+        return row
+
+    def _reserve(self, scope: int, address: Address | str) -> int:
+        """Return a new row for an address that is not in, and that no lookup finds before the row is entered."""
         if not self._free:
             raise TableFullError(self.name, len(self), self.capacity)
-        row = self._free[-1]
-        hi, lo = halves(address)
-        if index.insert(self._slots, self._key, scope, np.uint64(hi), np.uint64(lo), row) == FULL:
-            raise TableFullError(self.name, len(self), self.capacity)
-        self._free.pop()
-        self._used[row] = None
+        row = self._free.pop()
         record = self.records[row]
-        record[self.scope], record["hi"], record["lo"] = scope, hi, lo
+        record[self.scope], (record["hi"], record["lo"]) = scope, halves(address)
         return row
+
+    def _enter(self, row: int) -> None:
+        """Let lookups find a reserved row; one that finds no place is released."""
+        record = self.records[row]
+        if index.insert(self._slots, self._key, int(record[self.scope]), record["hi"], record["lo"], row) == FULL:
+            self._release(row)
+            raise TableFullError(self.name, len(self), self.capacity)
+        self._used[row] = None
+
+    def _release(self, row: int) -> None:
+        self.records[row] = np.zeros((), self.records.dtype)
+        self._free.append(row)
 
     def _delete(self, row: int) -> None:
         """Free a row that is in use; its record becomes zeros."""
         del self._used[row]
         record = self.records[row]
         index.delete(self._slots, self._key, int(record[self.scope]), record["hi"], record["lo"], row)
-        self.records[row] = np.zeros((), self.records.dtype)
-        self._free.append(row)
+        self._release(row)

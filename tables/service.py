@@ -130,11 +130,22 @@ class _Services(Rows):
     def find(self, protocol: int, address: Address | str, port: int) -> int:
         return self._find(protocol << 16 | port, address)
 
-    def insert(self, protocol: int, address: Address | str, port: int) -> int:
-        return self._insert(protocol << 16 | port, address)
+    def reserve(self, protocol: int, address: Address | str, port: int) -> int:
+        return self._reserve(protocol << 16 | port, address)
+
+    def enter(self, row: int) -> None:
+        self._enter(row)
+
+    def release(self, row: int) -> None:
+        self._release(row)
 
     def delete(self, row: int) -> None:
         self._delete(row)
+
+    def _release(self, row: int) -> None:
+        generation = int(self.records[row]["generation"])
+        super()._release(row)
+        self.records[row]["generation"] = (generation + 1) & 0x7FFF_FFFF
 
 
 class ServiceTable:
@@ -190,23 +201,66 @@ class ServiceTable:
             TableFullError: No row or no buckets are left; nothing was changed.
         """
         row = self.find(protocol, address, port)
-        new = row < 0
-        size = _SIZES.get(service.scheduler, 0)
-        renewed = new or int(self.services[row]["scheduler"]) != service.scheduler
-        base = self._pool.take(size) if size and renewed else NONE
-        if new:
-            row = self._insert(protocol, address, port, base, size)
+        if row < 0:
+            row = self.stage(protocol, address, port, service)
+            self.publish(row)
+            return row
+        if int(self.services[row]["scheduler"]) == service.scheduler:
+            self._tune(row, service)
+            return row
+        base = self._take_buckets(service.scheduler)
+        self._give_back_buckets(row)
+        self._tune(row, service)
+        self._begin(row, service.scheduler, base)
+        return row
+
+    def stage(self, protocol: int, address: Address | str, port: int, service: Service) -> int:
+        """Make a service that no packet finds before it is published; return its row. There must be no such service.
+
+        Raises:
+            TableFullError: No row or no buckets are left; nothing was changed.
+        """
+        base = self._take_buckets(service.scheduler)
+        try:
+            row = self._services.reserve(protocol, address, port)
+        except TableFullError:
+            if base >= 0:
+                self._pool.give_back(base, _SIZES[service.scheduler])
+            raise
+        self._members[row] = {}
+        self.services[row]["head"] = NONE
+        self._tune(row, service)
+        self._begin(row, service.scheduler, base)
+        return row
+
+    def publish(self, row: int) -> None:
+        """Let packets find a service that was staged.
+
+        Raises:
+            TableFullError: Its place in the index is taken; it is forgotten.
+        """
+        try:
+            self._services.enter(row)
+        except TableFullError:
+            self._clear(row)
+            raise
+
+    def discard(self, row: int) -> None:
+        """Forget a service that was staged."""
+        self._clear(row)
+        self._services.release(row)
+
+    def _begin(self, row: int, scheduler: Scheduler, base: int) -> None:
         record = self.services[row]
-        if renewed and not new:
-            self._give_back_buckets(row)
+        record["scheduler"], record["buckets"] = scheduler, base
+        record["position"], record["cw"] = NONE, 0
+        self._follow(row)
+
+    def _tune(self, row: int, service: Service) -> None:
+        record = self.services[row]
         record["flags"], record["timeout_ns"] = service.flags, service.timeout_ns
         mask = _ALL ^ (_ALL >> service.client_bits)
         record["mask_hi"], record["mask_lo"] = mask >> 64, mask & (_ALL >> 64)
-        if renewed:
-            record["scheduler"], record["buckets"] = service.scheduler, base
-            record["position"], record["cw"] = NONE, 0
-            self._follow(row)
-        return row
 
     def require_room(self, services: int, backends: int, schedulers: Mapping[Scheduler, int]) -> None:
         """Find out whether so many more of each fit; ``schedulers`` counts the services that get new buckets.
@@ -225,30 +279,20 @@ class ServiceTable:
                 runs[size] = runs.get(size, 0) + count
         self._pool.require_room(runs)
 
-    def _insert(self, protocol: int, address: Address | str, port: int, base: int, size: int) -> int:
-        try:
-            row = self._services.insert(protocol, address, port)
-        except TableFullError:
-            if size:
-                self._pool.give_back(base, size)
-            raise
-        self._members[row] = {}
-        self.services[row]["head"] = NONE
-        return row
-
     def delete(self, row: int) -> None:
         """Forget a service; its backends go as with ``remove``.
 
         Raises:
             KeyError: The row is not in use.
         """
+        self._clear(row)
+        self._services.delete(row)
+
+    def _clear(self, row: int) -> None:
         for address, port in list(self._members[row]):
             self._unlink(row, address, port)
         del self._members[row]
         self._give_back_buckets(row)
-        generation = int(self.services[row]["generation"])
-        self._services.delete(row)
-        self.services[row]["generation"] = (generation + 1) & 0x7FFF_FFFF
 
     def get(self, row: int) -> Service:
         """Return how a service schedules."""
@@ -328,6 +372,11 @@ class ServiceTable:
         """Return how a backend is used."""
         record = self.backends[at]
         return Destination(int(record["weight"]), int(record["u_threshold"]), int(record["l_threshold"]))
+
+    def has_left(self, protocol: int, address: Address, port: int) -> bool:
+        """Say whether a service that was here has left backends with connections; they come back with it."""
+        scope = protocol << 16 | port
+        return any(key[:2] == (scope, address) for key in self._trash)
 
     def collect(self) -> int:
         """Free the rows of removed backends whose last connection has ended; return how many."""
@@ -410,6 +459,10 @@ class ServiceTable:
             _weigh(self.arrays, row, rows[np.argsort(-weights, kind="stable")], int(np.count_nonzero(weights)))
         elif int(service["buckets"]) >= 0:
             _rebuild(self.arrays, row)
+
+    def _take_buckets(self, scheduler: Scheduler) -> int:
+        size = _SIZES.get(scheduler, 0)
+        return self._pool.take(size) if size else NONE
 
     def _give_back_buckets(self, row: int) -> None:
         if int(self.services[row]["buckets"]) >= 0:

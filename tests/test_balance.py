@@ -1,5 +1,6 @@
 """Edits of virtual servers on the real tables: a model of the lists, connections, and what goes gracefully."""
 
+import logging
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
@@ -40,7 +41,11 @@ class Node:
             self.become(desired)
 
     def become(self, desired: DesiredState) -> None:
-        for edit in plan(self.state, desired):
+        edits = plan(self.state, desired)
+        for edit in edits:
+            if isinstance(edit, AddServer):
+                self.balancer.stage(edit.server)
+        for edit in edits:
             self.balancer.commit(edit, self.now)
         self.state = desired
 
@@ -149,6 +154,41 @@ def test_nothing_is_left_of_a_service_that_goes():
     assert node.row() < 0
     assert (len(node.balancer), node.balancer.names, node.balancer.server(row)) == (0, {}, None)
     assert int(node.policies.policies[row]["exposure"]) == Exposure.NONE
+
+
+def test_a_staged_service_is_found_when_it_is_added_and_forgotten_when_it_is_not():
+    node = Node()
+    (edit,) = [edit for edit in plan(None, two()) if isinstance(edit, AddServer)]
+    for added in (False, True):
+        node.balancer.stage(edit.server)
+        assert (node.row(), len(node.balancer), node.balancer.names) == (-1, 0, {})
+        if added:
+            node.balancer.commit(edit, node.now)
+        node.balancer.discard()
+    assert node.members() == {A: 1, B: 1}
+    assert len(node.services) == len(node.balancer) == 1
+
+
+def test_flows_of_a_service_that_returns_wait_until_it_is_added():
+    node = Node(two())
+    flow = node.connect(A)
+    node.become(state())
+    (edit,) = [edit for edit in plan(state(), two()) if isinstance(edit, AddServer)]
+    node.balancer.stage(edit.server)
+    assert not node.is_alive(flow)
+    node.balancer.commit(edit, node.now)
+    assert node.is_alive(flow)
+
+
+def test_what_was_carried_out_is_logged_afterwards_and_once(caplog):
+    node = Node(two())
+    node.become(one())
+    with caplog.at_level(logging.INFO):
+        assert [len(list(node.balancer.news())) for _ in range(2)] == [2, 0]
+    assert caplog.messages == [
+        "service added name=default/web vip=10.96.0.20:80/TCP backends=2",
+        "endpoint removed service=default/web vip=10.96.0.20:80/TCP to=10.244.1.10:8080 draining=0",
+    ]
 
 
 def servers(count: int, **fields) -> list[AddServer]:

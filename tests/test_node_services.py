@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from dataplane.batch import ROUTE_GENERATION
+from dataplane.batch import ROUTE_GENERATION, SERVICES
 from dataplane.config import load
 from dataplane.control.api import MissingError
 from dataplane.devices import journal
+from dataplane.devices.device import DeviceError
 from dataplane.node import Node
 from dataplane.tables.route import Kind
 
@@ -216,5 +217,56 @@ def test_a_node_that_stops_takes_no_more_edits(run):
         await stopping
         assert results == [[], *[["the node is stopping"]] * 3]
         assert len(node.tables.services) == 0
+
+    run(body)
+
+
+def many(count: int) -> str:
+    return "".join(
+        f'[[services.static]]\nname = "s{number}"\nclusterIPs = ["10.97.{number >> 8}.{number & 255}"]\n'
+        f'ports = [{{ port = 80 }}]\nendpoints = [{{ ip = "10.244.2.{host}" }}, {{ ip = "10.244.3.{host}" }}]\n'
+        for number in range(count)
+        for host in [number % 200 + 1]
+    )
+
+
+def test_many_services_come_at_once_though_packets_flow_meanwhile(run):
+    async def body(node: Node, path: Path) -> None:
+        seen: set[tuple[bool, bool, Kind | None]] = set()
+
+        async def look() -> None:
+            while True:
+                found = [node.tables.services.find(6, f"10.97.{place}", 80) >= 0 for place in ("0.0", "0.199")]
+                pairs = zip(node.engine._arrays[SERVICES], node.tables.services.arrays, strict=True)
+                assert all(used is there for used, there in pairs)  # or packets would be counted in the old ones
+                route = node.tables.routes.lookup("10.97.0.100")
+                seen.add((found[0], found[1], route.kind if route else None))
+                await asyncio.sleep(0)
+
+        looking = asyncio.ensure_future(look())
+        rewrite(path, FILE + many(200))
+        assert len((await node.reload())["applied"]) == 400
+        await asyncio.sleep(0)
+        looking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await looking
+        assert seen == {(False, False, Kind.BLACKHOLE), (True, True, Kind.SERVICE)}
+
+    run(body)
+
+
+def test_nothing_is_left_of_services_whose_plan_is_not_carried_out(run, monkeypatch):
+    async def body(node: Node, path: Path) -> None:
+        async def fails(*_: object) -> None:
+            raise DeviceError("eth0", "cannot be opened", OSError("no device"))
+
+        rewrite(path, FILE + many(50))
+        with monkeypatch.context() as patch:
+            patch.setattr(node.wiring, "_prepare", fails)
+            assert (await node.reload())["errors"] == ["eth0: cannot be opened: no device"]
+        assert len(node.tables.services) == 1
+        assert node.tables.services.backends["flags"].sum() == 2
+        assert (await node.reload())["errors"] == []
+        assert len(node.tables.services) == 51
 
     run(body)

@@ -322,3 +322,22 @@ def test_arrays_grow_and_keep_what_they_hold(table):
 
 def test_records_fill_whole_cache_lines():
     assert (SERVICE.itemsize, BACKEND.itemsize) == (128, 128)
+
+
+def test_a_service_that_is_staged_is_found_when_it_is_published():
+    table = ServiceTable(2, bucket_limit=256, seed=1)
+    row = table.stage(6, VIP, 80, Service(Scheduler.SH))
+    table.fill(row, [(ip_address("10.244.1.10"), 80, Destination())])
+    assert (table.find(6, VIP, 80), table.rows(), len(table)) == (-1, [], 0)
+    table.publish(row)
+    assert (table.find(6, VIP, 80), table.rows(), len(table)) == (row, [row], 1)
+
+
+def test_a_service_that_is_discarded_gives_back_what_it_had_and_its_row_is_another_ones():
+    table = ServiceTable(1, backend_limit=1, bucket_limit=256, seed=1)
+    for turn in range(3):
+        row = table.stage(6, VIP, 80, Service(Scheduler.SH))
+        table.fill(row, [(ip_address("10.244.1.10"), 80, Destination())])
+        assert int(table.services[row]["generation"]) == turn
+        table.discard(row)
+    assert table.find(6, VIP, 80) == -1
