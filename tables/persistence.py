@@ -122,6 +122,8 @@ def sweep(table: Any, backends: Any, now_ns: int, count: int) -> int:
     """Let the hand look at the next ``count`` rows and take out what has expired; return how many that were."""
     templates, state = table[2], table[4]
     removed = 0
+    if int(state[USED]) == 0:
+        return 0
     for _ in range(count):
         row = int(state[HAND])
         state[HAND] = row + 1 if row + 1 < len(templates) else 0

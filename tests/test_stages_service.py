@@ -186,6 +186,18 @@ def test_a_client_stays_with_its_backend(world, scenario):
     """)
 
 
+def test_a_template_whose_time_is_over_lets_its_backend_go(world, scenario):
+    row = world.service(w.VIP, 80, (w.IP_B, 8080), how=Service(flags=PERSISTENT, timeout_ns=100 * w.SECOND))
+    scenario.line("lan: tcp S out:1 > vip:80 -> b: node:*1 > b:8080")
+    world.tables.services.remove(row, ip_address(w.IP_B), 8080)
+    assert world.tables.services.collect() == 0
+    scenario.run("""
+        wait 130
+        wait 130
+    """)
+    assert (len(world.tables.templates), world.tables.services.collect()) == (0, 1)
+
+
 # --- backends that go -------------------------------------------------------------------------------------------------
 
 

@@ -30,8 +30,10 @@ from dataplane.batch import (
     RELATED,
     ROUTE_GENERATION,
     ROUTES,
+    SERVICES,
     SETTINGS,
     TCP_LOOSE,
+    TEMPLATES,
     TIMEOUTS,
     TUNNELED,
     UPLINK_OWN,
@@ -42,6 +44,7 @@ from dataplane.jit import kernel, load8
 from dataplane.stages import masquerade, service, tcp
 from dataplane.stages.quote import quoted_tuple, request_type
 from dataplane.tables import flow as table
+from dataplane.tables import persistence
 from dataplane.tables import route as fib
 from dataplane.tables.flow import (
     ASSURED,
@@ -62,6 +65,7 @@ from dataplane.verdict import Reason, Verdict
 _ICMP, _TCP, _UDP, _ICMPV6 = 1, 6, 17, 58
 _SYN, _RST, _ACK = 0x02, 0x04, 0x10
 _AGAIN = -1  # the flow is gone: look the packet up as a new one
+_TEMPLATES = 1 << 15  # templates that one call of ``expire`` looks at: a full table of them in 8 seconds
 _STREAM_NS = 2_000_000_000  # a UDP flow of this age that is answered is a stream
 
 
@@ -464,7 +468,8 @@ def expire(tables: Any, now: int, count: int) -> int:
     """End the flows whose time is up among the next ``count`` rows of the table; return how many.
 
     A flow that lives on, but that ip_vs would have forgotten, leaves its backend's counters: ip_vs gives an established
-    connection 15 minutes, conntrack a day.
+    connection 15 minutes, conntrack a day. Persistence templates go after the flows that they control; one that stayed
+    would hold its backend's row for ever.
     """
     flows = tables[FLOWS]
     ended = 0
@@ -476,4 +481,6 @@ def expire(tables: Any, now: int, count: int) -> int:
         else:
             service.release(tables, flows[3][row], now)
         row, left = table.next_due(flows, now, left)
+    templates = tables[TEMPLATES]
+    persistence.sweep(templates, tables[SERVICES][3], now, min(count, _TEMPLATES, len(templates[2])))
     return ended
