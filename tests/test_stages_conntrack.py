@@ -262,11 +262,11 @@ def held(world, *segments):
 
 @pytest.fixture
 def served():
-    """A service whose client keeps its address, and a connection to it; the way back to the client is not known."""
+    """A world with a connection to a service, and that one's row; the way back to the client is not known."""
     world = World()
-    world.served = world.service(w.LB_IP, 80, (w.IP_A, 8080), exposure=Exposure.LOAD_BALANCER, flags=LOCAL)
+    row = world.service(w.LB_IP, 80, (w.IP_A, 8080), exposure=Exposure.LOAD_BALANCER, flags=LOCAL)
     Scenario(world).line("lan: tcp S out:4000 > lb:80 -> a: out:4000 > a:8080")
-    return world
+    return world, row
 
 
 def released(world, *frames):
@@ -275,15 +275,17 @@ def released(world, *frames):
 
 
 def test_what_has_waited_is_translated_and_counted_once(served):
-    assert released(served, *held(served, "SA")) == ["lan: lb:80 > out:4000"]
-    assert served.tables.flows.tuples["packets"][:2].tolist() == [1, 1]
-    assert int(served.tables.services.services[served.served]["out_packets"]) == 1
+    world, row = served
+    assert released(world, *held(world, "SA")) == ["lan: lb:80 > out:4000"]
+    assert world.tables.flows.tuples["packets"][:2].tolist() == [1, 1]
+    assert int(world.tables.services.services[row]["out_packets"]) == 1
 
 
 def test_what_has_waited_for_longer_than_its_flow_lived_does_not_leave_untranslated(served):
-    frames = held(served, "SA", "SA")
-    served.tables.services.remove(served.served, ip_address(w.IP_A), 8080)
-    assert released(served, *frames) == ["lb.dest-deleted", "ct.not-syn"]
+    world, row = served
+    frames = held(world, "SA", "SA")
+    world.tables.services.remove(row, ip_address(w.IP_A), 8080)
+    assert released(world, *frames) == ["lb.dest-deleted", "ct.not-syn"]
 
 
 def test_an_error_of_our_own_is_no_flows(world, scenario):
