@@ -160,6 +160,35 @@ def test_a_start_announces_what_the_node_answers_for(fresh, request):
     }
 
 
+@FRESH
+def test_an_uplink_that_was_down_announces_again_when_it_is_back(fresh):
+    def uplink() -> str:
+        (found,) = (row for row in fresh.node.show("interfaces")["interfaces"] if row["name"] == "eth0")
+        return str(found["state"])
+
+    fresh.node.start()
+    fresh.host.ip("link", "set", "eth0", "down")
+    eventually(lambda: uplink() == "down")
+    with fresh.ext.capture("eth0", f"arp host {fresh.mine}") as path:
+        fresh.host.ip("link", "set", "eth0", "up")
+        eventually(lambda: uplink() == "up")
+        eventually(lambda: answers(fresh.ext, fresh.mine, 1) == [fresh.mac])
+    found = checks.fields(path, "arp.isgratuitous == 1", "arp.opcode", "arp.src.proto_ipv4")
+    assert found[:2] == [["1", fresh.mine], ["2", fresh.mine]]
+
+
+def test_a_health_check_port_is_asked_from_outside(site):
+    """The host's stack listens: at the node's address on a shared uplink, else behind dp0."""
+    keys = {"externalTrafficPolicy": "Local", "healthCheckNodePort": 32001}
+    checked = service("checked", "10.96.0.23", [{"port": 80}], [POD], loadBalancerIPs=[site.spare], **keys)
+    ask = ("curl", "-sS", "--max-time", 5, "-o", "/dev/null", "-w", "%{http_code}", f"http://{NODE}:32001/")
+    for endpoints, status in (([{"ip": POD}], "200"), ([], "503")):
+        set_service(site.node, checked | {"endpoints": endpoints})
+        assert site.ext.run(*ask) == status
+    client.delete_service(site.node.socket, "default", "checked")
+    assert is_refused(site.ext, "tcp", NODE, 32001)
+
+
 # --- the host's own processes ----------------------------------------------------------------------------------------
 
 
