@@ -210,6 +210,18 @@ def test_a_datagram_to_a_deleted_backend_goes_to_another(world, scenario):
     assert world.flows == 1
 
 
+def test_answers_of_a_deleted_backend_do_not_leave_untranslated(world, scenario):
+    row = world.service(w.VIP, 53, (w.IP_B, 5353), protocol="udp")
+    scenario.line("a: udp a:1 > vip:53 -> b: a:1 > b:5353")
+    world.tables.services.remove(row, ip_address(w.IP_B), 5353)
+    scenario.run("""
+        b: udp b:5353 > a:1 -> lb.dest-deleted
+        b: udp b:5353 > a:1 -> lb.dest-deleted
+    """)
+    assert world.tables.services.collect() == 1
+    scenario.line("b: udp b:5353 > a:1 -> lb.dest-deleted")
+
+
 def test_a_segment_to_a_deleted_backend_is_reset(world, scenario):
     row = world.service(w.VIP, 80, (w.IP_A, 8080), (w.IP_B, 8080))
     scenario.line("lan: tcp S out:1 > vip:80 -> b: node:*1 > b:8080")

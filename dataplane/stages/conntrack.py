@@ -137,7 +137,8 @@ def _follow(data: Any, packet: Any, tables: Any, e: int, now: int) -> int:
         if service.is_gone(tables, flow):
             if direction == ORIGINAL:
                 return _AGAIN
-            end(tables, e >> 1, now)
+            # The flow stays: without it the next answer would leave with the backend's own address.
+            service.release(tables, flow, now)
             return Reason.LB_DEST_DELETED
         if direction == ORIGINAL and protocol == _TCP and _is_syn(packet) and service.is_quiesced(tables, flow):
             return _AGAIN
