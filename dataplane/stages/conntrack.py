@@ -102,7 +102,7 @@ def conntrack(batch: Any, count: int, tables: Any, now: int) -> None:
             packet["verdict"] = Verdict.STOLEN
             continue
         packet["verdict"] = Verdict.DROP
-        flows[5][Count.INVALID] += why >= Reason.CT_INVALID_FLAGS and why != Reason.CT_TABLE_FULL
+        flows[5][Count.INVALID] += Reason.CT_INVALID_FLAGS <= why <= Reason.CT_BAD_RST or why >= Reason.ICMP_UNRELATED
 
 
 @kernel
