@@ -166,7 +166,7 @@ def _load(path: Path | None) -> "Settings":
 def missing_capabilities(settings: "Settings") -> list[str]:
     """Name what the process may not do but the configuration needs: devices, namespaces, raw frames."""
     needed = []
-    if settings.state.pods:
+    if settings.state.pods or settings.cni:
         needed += ["CAP_NET_ADMIN", "CAP_SYS_ADMIN"]
     if settings.state.uplink and settings.state.uplink.mode == "af_packet":
         needed += ["CAP_NET_RAW"]

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from dataplane.config_checks import Problem, check, path_text
 from dataplane.config_lines import KeyPath, find_lines, line_of
-from dataplane.config_model import File, Section, key_name
+from dataplane.config_model import File, Section, StateSection, key_name
 from dataplane.config_types import Expect
 from dataplane.control import state as desired
 
@@ -101,6 +101,8 @@ def _settings(file: File, path: Path | None) -> desired.Settings:
         socket=Path(file.api.socket or f"/run/dataplane/{file.node.name}.sock"),
         metrics=file.metrics.listen,
         log=desired.Log(file.log.level, file.log.format),
+        store=_store(file.state),
+        cni=file.api.cni,
     )
 
 
@@ -109,6 +111,7 @@ def _state(file: File) -> desired.DesiredState:
     if file.uplink.mode in ("af_packet", "udp"):
         uplink = desired.Uplink(file.uplink.interface, file.uplink.mode, file.uplink.mtu, file.uplink.shared)
     balancing, services = _services(file)
+    pools, advertisements, dns = _shared(file)
     vxlan = file.vxlan
     overhead = desired.VXLAN_OVERHEAD if uplink and vxlan.mode != "Never" else 0
     mtu = file.pods.mtu or file.uplink.mtu - overhead
@@ -116,7 +119,12 @@ def _state(file: File) -> desired.DesiredState:
     assert isinstance(gateway, IPv4Address)  # the checks refuse another
     return desired.DesiredState(
         node=desired.Node(
-            file.node.name, file.node.zone, tuple(file.node.addresses), file.node.netns, _host_interface(file)
+            name=file.node.name,
+            zone=file.node.zone,
+            addresses=tuple(file.node.addresses),
+            netns=file.node.netns,
+            host_interface=_host_interface(file),
+            labels=tuple(sorted(file.node.labels.items())),
         ),
         pod_network=desired.PodNetwork(
             cidrs=tuple(file.pods.cidr),
@@ -152,6 +160,9 @@ def _state(file: File) -> desired.DesiredState:
         routes=tuple(desired.StaticRoute(route.dst, route.via, route.type) for route in file.routes),
         balancing=balancing,
         services=services,
+        dns=dns,
+        pools=pools,
+        advertisements=advertisements,
     )
 
 
@@ -160,7 +171,7 @@ def _host_interface(file: File) -> str:
     given = file.node.host_interface
     if given is not None:
         return given
-    needed = "services" in file.model_fields_set or not file.uplink.shared
+    needed = {"services", "dns"} & file.model_fields_set or not file.uplink.shared or file.state.source != "static"
     return HOST_INTERFACE if needed and file.uplink.mode in ("af_packet", "none") else ""
 
 
@@ -171,6 +182,27 @@ def _services(file: File) -> tuple[desired.Balancing, tuple[desired.Service, ...
 
     assert isinstance(file, ServicesFile)
     return balancing_of(file.services), tuple(service_of(service) for service in file.services.static)
+
+
+def _shared(
+    file: File,
+) -> tuple[tuple[desired.AddressPool, ...], tuple[desired.L2Advertisement, ...] | None, desired.Dns | None]:
+    """Return pools, advertisements (None without any: all is announced) and cluster DNS."""
+    if not {"load_balancer", "dns"} & file.model_fields_set:
+        return (), None, None
+    from dataplane.config_cluster import ClusterFile, advertisement_of, dns_of, pool_of
+
+    assert isinstance(file, ClusterFile)
+    given = file.load_balancer
+    advertisements = tuple(advertisement_of(each) for each in given.l2_advertisements) or None
+    return tuple(pool_of(pool) for pool in given.ip_address_pools), advertisements, dns_of(file.dns)
+
+
+def _store(given: StateSection) -> desired.Store:
+    etcd = given.etcd
+    return desired.Store(
+        given.source, tuple(etcd.endpoints), etcd.prefix.rstrip("/"), etcd.lease_ttl, given.kubernetes.kubeconfig
+    )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -323,6 +355,10 @@ def _model(values: dict[str, Any]) -> type[File]:
 
     if values.keys() <= _fields(ServicesFile).keys():
         return ServicesFile
+    from dataplane.config_cluster import ClusterFile
+
+    if values.keys() <= _fields(ClusterFile).keys():
+        return ClusterFile
     from dataplane.config_later import WholeFile
 
     return WholeFile

@@ -21,17 +21,10 @@ _OFF: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("pods", "static", "*", "bandwidth"): ({},),
     ("services", "ipvs", "strictARP"): (True,),
     ("services", "masqueradeBit"): (14,),  # a mark that is not the kernel's clashes with nobody's
-    ("services", "static", "*", "loadBalancerClass"): ("",),
-    ("loadBalancer",): ({},),
-    ("dns",): ({},),
     ("networkPolicies",): ([],),
-    ("state", "source"): ("static",),
-    ("state", "kubernetes"): ({},),
-    ("state", "etcd"): ({},),
     ("engine", "kernels"): ("numba",),
     ("engine", "workers"): (1,),
     ("engine", "busyPollUs"): (0,),
-    ("api", "cni"): (False,),
     ("web", "listen"): ("",),
     ("log", "format"): ("auto", "console", "json"),
     ("security", "user"): ("",),
@@ -65,6 +58,10 @@ def check(file: File, values: dict[str, Any]) -> Iterator[Problem]:
         from dataplane.config_services_checks import check_services
 
         yield from check_services(file)
+    if {"loadBalancer", "dns"} & values.keys():
+        from dataplane.config_cluster_checks import check_cluster
+
+        yield from check_cluster(file)
 
 
 # --- refused for now -------------------------------------------------------------------------------------------------

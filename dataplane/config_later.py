@@ -1,6 +1,6 @@
-"""The shape of the sections whose feature comes later: load balancer addresses, DNS, network policies.
+"""The shape of the section whose feature comes later: network policies.
 
-Their names are those of Kubernetes, kube-proxy and MetalLB. A file that has one of them is refused, but with every
+Its names are those of Kubernetes. A file that has it is refused, but with every
 error of its shape; this module is imported for such a file only.
 """
 
@@ -8,44 +8,10 @@ error of its shape; this module is imported for such a file only.
 
 from typing import Literal
 
-from pydantic import Field
-
+from dataplane.config_cluster import ClusterFile
 from dataplane.config_model import Labels, Section
-from dataplane.config_services import ServicesFile
-from dataplane.config_types import IP, AddressRange, Duration, Interface, Name, Port, Prefix
+from dataplane.config_types import Name, Port, Prefix
 from dataplane.control.state import Protocol
-
-
-class IPAddressPool(Section):
-    """``IPAddressPool`` of metallb.io/v1beta1."""
-
-    name: Name
-    addresses: list[AddressRange]
-    auto_assign: bool = True
-    avoid_buggy_ips: bool = False
-
-
-class L2Advertisement(Section):
-    """``L2Advertisement`` of metallb.io/v1beta1."""
-
-    ip_address_pools: list[Name] = []
-    interfaces: list[Interface] = []
-
-
-class LoadBalancerSection(Section):
-    """Addresses for services of type LoadBalancer."""
-
-    ip_address_pools: list[IPAddressPool] = []
-    l2_advertisements: list[L2Advertisement] = []
-
-
-class DnsSection(Section):
-    """Cluster DNS."""
-
-    cluster_domain: Name = "cluster.local"
-    cluster_ip: IP | None = None
-    ttl: Duration = 5.0
-    upstreams: list[IP] = []
 
 
 class IPBlock(Section):
@@ -96,9 +62,7 @@ class NetworkPolicy(Section):
     egress: list[EgressRule] = []
 
 
-class WholeFile(ServicesFile):
+class WholeFile(ClusterFile):
     """The file with every section that there will be."""
 
-    load_balancer: LoadBalancerSection = Field(default_factory=LoadBalancerSection)
-    dns: DnsSection = Field(default_factory=DnsSection)
     network_policies: list[NetworkPolicy] = []

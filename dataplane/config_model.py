@@ -2,8 +2,8 @@
 
 Names are those of Kubernetes and Calico. The models say what a file may contain, also keys that this version does not
 carry out yet; ``config_checks`` says which of them are refused, and what must fit together. Services are in
-``config_services``, sections of which nothing is carried out yet in ``config_later``: a file without them does not pay
-for their models.
+``config_services``, what nodes share in ``config_cluster``, sections of which nothing is carried out yet in
+``config_later``: a file without them does not pay for their models.
 """
 
 import socket
@@ -29,6 +29,7 @@ from dataplane.config_types import (
     Prefix,
     Size,
     Socket,
+    Url,
     number,
 )
 
@@ -61,6 +62,7 @@ class NodeSection(Section):
     addresses: list[IP] = []
     netns: OptionalNetns = ""
     host_interface: OptionalInterface | None = None
+    labels: Labels = {}
 
 
 class UplinkSection(Section):
@@ -146,15 +148,15 @@ class KubernetesState(Section):
 class EtcdState(Section):
     """An etcd cluster."""
 
-    endpoints: list[str] = []
-    prefix: str = "/dataplane/v1"
+    endpoints: list[Url] = ["http://127.0.0.1:2379"]
+    prefix: Path = "/dataplane/v1"
     lease_ttl: Duration = 10.0
 
 
 class StateSection(Section):
     """Where pods, peers and services come from."""
 
-    source: Literal["static", "kubernetes", "etcd", "mesh"] = "static"
+    source: Literal["static", "kubernetes", "etcd"] = "static"
     kubernetes: KubernetesState = Field(default_factory=KubernetesState)
     etcd: EtcdState = Field(default_factory=EtcdState)
 

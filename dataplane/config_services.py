@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from dataplane.config_model import File, Section
+from dataplane.config_model import File, Labels, Section
 from dataplane.config_types import (
     IP,
     ClusterIP,
@@ -72,6 +72,7 @@ class Endpoint(Section):
     terminating: bool = False
     draining: bool = False
     ports: dict[str, Port] = {}
+    hostname: OptionalName = ""
 
 
 class StaticService(Section):
@@ -90,6 +91,8 @@ class StaticService(Section):
     session_affinity_timeout: Duration = 10800.0
     external_traffic_policy: TrafficPolicy = "Cluster"
     internal_traffic_policy: TrafficPolicy = "Cluster"
+    labels: Labels = {}
+    annotations: Labels = {}
     load_balancer_class: str = ""
     load_balancer_source_ranges: list[Prefix] = []
     health_check_node_port: Annotated[int, number(0, 65535)] = 0
@@ -146,6 +149,9 @@ def service_of(given: StaticService) -> desired.Service:
         drain_seconds=given.drain_timeout,
         publish_not_ready=given.publish_not_ready_addresses,
         external_name=given.external_name,
+        labels=tuple(sorted(given.labels.items())),
+        annotations=tuple(sorted(given.annotations.items())),
+        load_balancer_class=given.load_balancer_class,
     )
 
 
@@ -161,6 +167,7 @@ def endpoint_of(given: Endpoint) -> desired.Endpoint:
         terminating=given.terminating,
         draining=given.draining,
         ports=tuple(sorted(given.ports.items())),
+        hostname=given.hostname,
     )
 
 

@@ -162,6 +162,7 @@ def _exposure(given: StaticService, at: KeyPath) -> Iterator[Problem]:
     """What belongs to some types only (``pkg/apis/core/validation``)."""
     if given.type != "LoadBalancer":
         values = {
+            "loadBalancerClass": given.load_balancer_class,
             "loadBalancerIPs": given.load_balancer_ips,
             "loadBalancerSourceRanges": given.load_balancer_source_ranges,
             "healthCheckNodePort": given.health_check_node_port,

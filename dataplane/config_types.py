@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Annotated, Any, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
@@ -110,6 +111,25 @@ def _listen(value: str) -> tuple[str, int] | None:
     return ("" if host == "*" else host), int(match[2])
 
 
+def _url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise ValueError
+    if parts.port == 0:
+        raise ValueError
+    return value.rstrip("/")
+
+
+def _host_port(value: str) -> tuple[Address, int]:
+    """An address alone, or with a port; one of IPv6 with a port has brackets. Without a port it is DNS's."""
+    match = _LISTEN.fullmatch(value)
+    if not match or (value.count(":") > 1 and not value.startswith("[")):
+        return ip_address(value), 53
+    if not 0 < int(match[2]) < 65536:
+        raise ValueError
+    return ip_address(match[1].strip("[]")), int(match[2])
+
+
 def _netns(value: str) -> str:
     """A path into the folder of ``ip netns`` is the name, so that one namespace has one spelling."""
     for folder in ("/var/run/netns/", "/run/netns/"):
@@ -190,6 +210,10 @@ OptionalNetns: TypeAlias = Annotated[
 Path: TypeAlias = Annotated[str, text('an absolute path, or ""', _optional(_path))]
 Socket: TypeAlias = Annotated[str, text("an absolute path of at most 107 bytes", _socket)]
 Listen: TypeAlias = Annotated[tuple[str, int] | None, text('"address:port", or "" for off', _listen)]
+Url: TypeAlias = Annotated[str, text('a URL such as "http://127.0.0.1:2379"', _url)]
+HostPort: TypeAlias = Annotated[
+    tuple[Address, int], text('an IP address, or one with a port such as "192.0.2.53:5353"', _host_port)
+]
 Duration: TypeAlias = Annotated[float, text(_DURATION_TEXT, _duration)]
 Size: TypeAlias = Annotated[int, text('a size such as "64K" or "100M"', _size)]
 Port: TypeAlias = Annotated[int, number(1, 65535)]

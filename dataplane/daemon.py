@@ -24,6 +24,7 @@ from dataplane.devices import journal
 from dataplane.devices.device import DeviceError
 from dataplane.devices.namespace import NamespaceError
 from dataplane.devices.netlink import NetlinkError
+from dataplane.follow import Follower, open_source
 from dataplane.node import Node
 from dataplane.tables.result import TableFullError
 
@@ -73,8 +74,14 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal) -> in
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, node.stopping.set)
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
+    source = open_source(settings)
+    follower = Follower(node, source) if source is not None else None
     try:
+        if follower is not None and not await _joined(follower, node):
+            return 0
         await node.start()
+        if follower is not None:
+            follower.start()
         gc.freeze()
         gc.enable()
         log.info("ready node=%s pods=%d", settings.state.node.name, len(settings.state.pods))
@@ -82,9 +89,24 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal) -> in
         await _serve(node, settings, log_book)
     finally:
         notify("STOPPING=1")
+        if follower is not None:
+            await follower.stop()
         await node.stop()
     log.info("stopped node=%s", settings.state.node.name)
     return 0
+
+
+async def _joined(follower: Follower, node: Node) -> bool:
+    """Join the cluster; False: told to stop before its store could be reached."""
+    joining = asyncio.ensure_future(follower.join())
+    stopping = asyncio.ensure_future(node.stopping.wait())
+    await asyncio.wait({joining, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if joining.done():
+        joining.result()
+        return True
+    joining.cancel()
+    return False
 
 
 async def _serve(node: Node, settings: Settings, log_book: journal.Journal) -> None:

@@ -9,8 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dataplane import config, settle
 from dataplane.apply import HOST, Wiring
@@ -21,6 +20,7 @@ from dataplane.control.health import HealthServer
 from dataplane.control.overlay import Overlay
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Kind, ListKind, Reload
+from dataplane.control.source import Source
 from dataplane.control.state import DesiredState, Settings
 from dataplane.devices.device import DeviceError
 from dataplane.devices.journal import Journal
@@ -34,11 +34,16 @@ from dataplane.slowpath import SlowPath
 from dataplane.tables.result import TableFullError
 from dataplane.underlay import Underlay
 
+Amendment: TypeAlias = Callable[[DesiredState], DesiredState]
+
 log = logging.getLogger(__name__)
 
 
 class Node:
     """Everything that is alive in the process hangs from here; two nodes can live in one process.
+
+    Attributes:
+        source: Where the state of the cluster comes from; None: from the file alone.
 
     Args:
         settings: The configuration, checked.
@@ -58,6 +63,8 @@ class Node:
         self.host = Host(self.engine, settings.state)
         self._ours = claims.of(settings.state)
         self._overlay = Overlay()
+        self._amendments: list[Amendment] = []
+        self.source: Source | None = None
         self._health = HealthServer()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
@@ -66,7 +73,8 @@ class Node:
 
     async def start(self) -> None:
         """Bring the node to its desired state; packets flow when this returns."""
-        state = self.settings.state
+        state = self._amended(self.settings.state)
+        self._ours = claims.of(state)
         self._configure(state)
         await self.host.open(state, self._ours)  # first: on an uplink of our own the tunnel's address is there
         self.wiring.interfaces.update(self.host.names)
@@ -82,6 +90,19 @@ class Node:
         self.engine.start()
         await self._health.update(state)
         self.report.ready = True
+
+    def amend(self, amendment: Amendment) -> None:
+        """Let a function change what the file says, each time before it is applied; the functions run in this order.
+
+        It must be pure, fast, and return the same objects for what it does not change: `refresh` after each change of
+        what it depends on.
+        """
+        self._amendments.append(amendment)
+
+    def _amended(self, state: DesiredState) -> DesiredState:
+        for amendment in self._amendments:
+            state = amendment(state)
+        return state
 
     def _configure(self, state: DesiredState) -> None:
         """Write down what stays as it is while the node runs."""
@@ -153,7 +174,7 @@ class Node:
             if self.stopping.is_set():
                 return _STOPPING
             try:
-                fresh, overlay = await asyncio.to_thread(_loaded, self.settings.path, self._overlay)
+                fresh, overlay = await asyncio.to_thread(self._load)
             except config.ConfigError as error:
                 return _refused(*error.errors)
             keys = reconcile.process_keys(self.settings, fresh)
@@ -162,11 +183,30 @@ class Node:
                 log.info("configuration reloaded changes=%d", len(result["applied"]))
             return result
 
+    def _load(self) -> tuple[Settings, Overlay]:
+        """Read the file, and keep of the API's changes what still has something to change."""
+        fresh = config.load(self.settings.path)
+        state = self._amended(fresh.state)
+        kept = self._overlay.without_strays(state.services)
+        if kept.services:
+            from dataplane import config_edit
+
+            config_edit.check_overlay(kept, state)
+        return fresh, kept
+
+    async def refresh(self) -> Reload:
+        """Apply the state anew, since an amendment has changed."""
+        async with self._changing:
+            if self.stopping.is_set():
+                return _STOPPING
+            return await self._become(self.settings.state, self._overlay)
+
     async def _become(self, given: DesiredState, overlay: Overlay, refusals: tuple[NeedsRestart, ...] = ()) -> Reload:
-        """Carry out what leads to the file's state with the API's changes over it."""
+        """Carry out what leads to the file's state, amended, with the API's changes over it."""
         old = self.wiring.state
         assert old is not None
-        state = replace(given, on_link=old.on_link, services=overlay.over(given.services))
+        state = self._amended(given)
+        state = replace(state, on_link=old.on_link, services=overlay.over(state.services))
         edits = (*await asyncio.to_thread(reconcile.plan, old, state), *refusals)
         refused = [str(edit) for edit in edits if isinstance(edit, NeedsRestart)]
         if refused:
@@ -207,6 +247,8 @@ class Node:
 
     async def _edit(self, name: str, *values: Any) -> Reload:
         """Carry out an edit of ``config_edit``, which is made in a thread: its models take 50 ms the first time."""
+        if self.source is not None and (done := await self.source.edit(name, values)) is not None:
+            return done
         async with self._changing:
             if self.stopping.is_set():
                 return _STOPPING
@@ -254,17 +296,6 @@ def _refused(*errors: str) -> Reload:
 
 
 _STOPPING = _refused("the node is stopping")
-
-
-def _loaded(path: Path | None, overlay: Overlay) -> tuple[Settings, Overlay]:
-    """Read the file, and keep of the API's changes what still has something to change."""
-    fresh = config.load(path)
-    kept = overlay.without_strays(fresh.state.services)
-    if kept.services:
-        from dataplane import config_edit
-
-        config_edit.check_overlay(kept, fresh.state)
-    return fresh, kept
 
 
 def _edited(name: str, values: tuple[Any, ...], overlay: Overlay, state: DesiredState) -> Overlay:

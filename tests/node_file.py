@@ -29,6 +29,7 @@ zone = "z1"
 addresses = ["192.0.2.11"]
 netns = ""
 hostInterface = "dp0"
+labels = { "topology.kubernetes.io/rack" = "r1" }
 [uplink]
 interface = "eth0"
 mode = "af_packet"
@@ -93,8 +94,10 @@ ports = [{ name = "http", protocol = "TCP", port = 80, targetPort = 8080, nodePo
 endpoints = [
   { ip = "10.244.1.10", weight = 1 },
   { ip = "10.244.2.10", node = "node2", zone = "z2", ready = true, serving = true, terminating = false },
-  { ip = "10.244.2.11", draining = false, ports = { http = 8080 } },
+  { ip = "10.244.2.11", draining = false, ports = { http = 8080 }, hostname = "web-2" },
 ]
+labels = { app = "web" }
+annotations = { "metallb.io/allow-shared-ip" = "web" }
 sessionAffinity = "ClientIP"
 sessionAffinityTimeout = "3h"
 externalTrafficPolicy = "Local"
@@ -115,14 +118,21 @@ name = "default"
 addresses = ["192.0.2.200-192.0.2.220", "198.51.100.0/28"]
 autoAssign = true
 avoidBuggyIPs = true
+[loadBalancer.ipAddressPools.serviceAllocation]
+priority = 50
+namespaces = ["default"]
+serviceSelectors = [{ matchLabels = { app = "web" } }]
 [[loadBalancer.l2Advertisements]]
+name = "default"
+nodeSelectors = [{ matchExpressions = [{ key = "rack", operator = "In", values = ["r1", "r2"] }] }]
 ipAddressPools = ["default"]
 interfaces = ["eth0"]
 [dns]
 clusterDomain = "cluster.local"
 clusterIP = "10.96.0.10"
 ttl = "5s"
-upstreams = []
+upstreams = ["192.0.2.53", "192.0.2.54:5353"]
+pods = "insecure"
 [[networkPolicies]]
 name = "allow-web"
 namespace = "default"

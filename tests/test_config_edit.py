@@ -52,7 +52,7 @@ def test_a_new_service_comes_with_its_namespace():
 ERRORS = [
     ({"ports": [{"port": "x"}]}, 'ports[0].port: expected a number from 1 to 65535 (got "x")'),
     ({"schedular": "rr"}, 'schedular: unknown key; did you mean "scheduler"?'),
-    ({"loadBalancerClass": "x"}, "loadBalancerClass: not supported yet"),
+    ({"loadBalancerClass": "x"}, 'loadBalancerClass: needs type = "LoadBalancer" (got "ClusterIP")'),
     ({"clusterIPs": ["192.0.2.50"]}, "clusterIPs[0]: expected an address inside services.serviceCIDR 10.96.0.0/12"),
     ({"externalIPs": ["10.244.1.77"]}, "externalIPs[0]: expected an address outside pods.cidr 10.244.1.0/24"),
     ({"externalIPs": ["10.244.2.77"]}, "externalIPs[0]: expected an address outside the block of node2 10.244.2.0/24"),

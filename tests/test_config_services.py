@@ -42,7 +42,7 @@ def test_a_whole_service_is_read():
             endpoints=(
                 Endpoint(IPv4Address("10.244.1.10")),
                 Endpoint(IPv4Address("10.244.2.10"), node="node2", zone="z2"),
-                Endpoint(IPv4Address("10.244.2.11"), ports=(("http", 8080),)),
+                Endpoint(IPv4Address("10.244.2.11"), ports=(("http", 8080),), hostname="web-2"),
             ),
             affinity_seconds=10800,
             external_policy="Local",
@@ -51,6 +51,8 @@ def test_a_whole_service_is_read():
             scheduler="mh",
             scheduler_flags=frozenset({"mh-port", "mh-fallback"}),
             drain_seconds=300,
+            labels=(("app", "web"),),
+            annotations=(("metallb.io/allow-shared-ip", "web"),),
         ),
         Service("out", type="ExternalName", external_name="www.example.net"),
     )
@@ -168,7 +170,7 @@ SENSE = [
     ('schedulerFlags = ["mh-port"]', 'schedulerFlags[0]: "mh-port" belongs to scheduler "mh" (got "rr")'),
     ('sessionAffinityTimeout = "1h"', 'sessionAffinityTimeout: needs sessionAffinity = "ClientIP"'),
     ('sessionAffinity = "ClientIP"\nsessionAffinityTimeout = "25h"', 'sessionAffinityTimeout: expected "1s" to "24h"'),
-    ('loadBalancerClass = "x"', "loadBalancerClass: not supported yet"),
+    ('loadBalancerClass = "x"', 'loadBalancerClass: needs type = "LoadBalancer" (got "ClusterIP")'),
     ('endpoints = [{ ip = "127.0.0.1" }]', "endpoints[0].ip: expected the address of a pod or a node (got 127.0.0.1)"),
     ('endpoints = [{ ip = "fd00::1" }]', "endpoints[0].ip: IPv6 is not supported yet (got fd00::1)"),
     ('endpoints = [{ ip = "10.244.1.10" }, { ip = "10.244.1.10" }]', "endpoints[1].ip: used twice: 10.244.1.10 is"),

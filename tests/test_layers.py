@@ -28,6 +28,7 @@ LAYERS = [
     {"report_services"},
     {"underlay", "host", "report"},
     {"node"},
+    {"follow"},
     {"daemon"},
     {"cli_base"},
     {"cli_show"},

@@ -108,6 +108,8 @@ def process_keys(old: Settings, new: Settings) -> tuple[str, ...]:
         "api.socket": (old.socket, new.socket),
         "metrics.listen": (old.metrics, new.metrics),
         "log": (old.log, new.log),
+        "state": (old.store, new.store),
+        "api.cni": (old.cni, new.cni),
     }
     return tuple(key for key, (before, after) in pairs.items() if before != after)
 

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
+Labels: TypeAlias = tuple[tuple[str, str], ...]
 
 UplinkMode: TypeAlias = Literal["af_packet", "udp"]
 VxlanMode: TypeAlias = Literal["Always", "CrossSubnet", "Never"]
@@ -51,6 +52,7 @@ class Node:
         name: Its Kubernetes node name; the VTEP's MAC is derived from it.
         zone: ``topology.kubernetes.io/zone``; empty when unknown.
         addresses: Its own addresses (InternalIPs) on the uplink.
+        labels: Sorted pairs; selectors of load balancer pools and advertisements look at them.
         netns: The namespace of the uplink: "" for the one the process runs in, else a name or a path.
         host_interface: The TAP by which the host's own processes reach pods and services; "" is none.
     """
@@ -60,6 +62,7 @@ class Node:
     addresses: tuple[Address, ...] = ()
     netns: str = ""
     host_interface: str = ""
+    labels: Labels = ()
 
     @property
     def vtep_mac(self) -> int:
@@ -71,6 +74,8 @@ class Node:
 class Pod:
     """One pod: a TAP whose other end is ``eth0`` in the pod's network namespace.
 
+    A container runtime's pod (CNI) may call it otherwise, and its namespace is never made or removed by the node.
+
     Attributes:
         netns: A name (``ip netns``) or an absolute path; created when missing.
         addresses: Each a /32 (/128) on ``eth0``.
@@ -78,6 +83,7 @@ class Pod:
         mtu: Of the link, in bytes of IP packet.
         interface: The link's name on the node, ``cali...``.
         labels: Sorted pairs.
+        ifname: The link's name in the pod.
     """
 
     name: str
@@ -87,7 +93,8 @@ class Pod:
     mac: int
     mtu: int
     interface: str
-    labels: tuple[tuple[str, str], ...] = ()
+    labels: Labels = ()
+    ifname: str = "eth0"
 
     @property
     def id(self) -> str:
@@ -155,14 +162,18 @@ class Peer:
 
     Attributes:
         address: Where its VXLAN datagrams come from and go to.
-        pod_cidrs: The blocks behind it.
+        pod_cidrs: The blocks behind it, the one with its tunnel address first.
         vtep_mac: The inner destination MAC of what is sent to it.
+        announces: It may own load balancer addresses: its network works, and no label excludes it.
     """
 
     name: str
     address: Address
     pod_cidrs: tuple[Network, ...]
     vtep_mac: int
+    zone: str = ""
+    labels: Labels = ()
+    announces: bool = True
 
     @property
     def tunnel_address(self) -> Address | None:
@@ -182,6 +193,7 @@ class StaticRoute:
 Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
 ServiceType: TypeAlias = Literal["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]
 TrafficPolicy: TypeAlias = Literal["Cluster", "Local"]
+Origin: TypeAlias = Literal["file", "api", "etcd", "kubernetes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +217,7 @@ class Endpoint:
         ready: Passes its readiness probe; a terminating one counts as not ready whatever this says.
         serving: Passes it, terminating or not.
         draining: Gets no new connections (weight 0) until it is deleted; asked for by ``endpoint drain``.
+        hostname: Its name in cluster DNS; "" is its address with dashes.
     """
 
     address: Address
@@ -216,6 +229,7 @@ class Endpoint:
     terminating: bool = False
     draining: bool = False
     ports: tuple[tuple[str, int], ...] = ()
+    hostname: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +246,11 @@ class Service:
         drain_seconds: How long connections of a removed endpoint may go on; 0: until they end, as kube-proxy.
         publish_not_ready: ``publishNotReadyAddresses``: all endpoints count as ready.
         external_name: The DNS name that an ``ExternalName`` stands for.
-        origin: Whether the node's file or the control API gives it.
+        origin: Who gives it: the node's file, the control API, or a store.
+        labels: Sorted pairs; selectors of load balancer pools look at them.
+        annotations: Sorted pairs; of them MetalLB's (``metallb.io/...``) matter.
+        load_balancer_class: ``loadBalancerClass``: with one, addresses are somebody else's business.
+        requested_ip: ``spec.loadBalancerIP``, deprecated and still asked for.
     """
 
     name: str
@@ -253,7 +271,11 @@ class Service:
     drain_seconds: float = 0
     publish_not_ready: bool = False
     external_name: str = ""
-    origin: Literal["file", "api"] = "file"
+    origin: Origin = "file"
+    labels: Labels = ()
+    annotations: Labels = ()
+    load_balancer_class: str = ""
+    requested_ip: Address | None = None
 
     @property
     def id(self) -> str:
@@ -287,6 +309,68 @@ class Balancing:
 
 
 @dataclass(frozen=True, slots=True)
+class Selector:
+    """A label selector of Kubernetes: all of ``labels`` and all expressions (key, operator, values) have to hold."""
+
+    labels: Labels = ()
+    expressions: tuple[tuple[str, Literal["In", "NotIn", "Exists", "DoesNotExist"], tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPool:
+    """``IPAddressPool`` of metallb.io/v1beta1: addresses for services of type LoadBalancer.
+
+    Attributes:
+        ranges: First and last address of each, in the order of the file.
+        priority: Of the pools that are pinned to a service the lowest number is tried first; 0 is last.
+        namespaces: Pins the pool to services of these; empty: of all.
+        service_selectors: Pins the pool to services that one of them matches.
+    """
+
+    name: str
+    ranges: tuple[tuple[Address, Address], ...]
+    auto_assign: bool = True
+    avoid_buggy_ips: bool = False
+    priority: int = 0
+    namespaces: frozenset[str] = frozenset()
+    service_selectors: tuple[Selector, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class L2Advertisement:
+    """``L2Advertisement`` of metallb.io/v1beta1: which nodes may announce the addresses of which pools.
+
+    Attributes:
+        pools: Names; with no pool and no selector: all.
+        node_selectors: A node is eligible if one of them matches, or if there is none.
+        interfaces: Where to announce; empty: on all. A node's only one is its uplink.
+    """
+
+    name: str = ""
+    pools: frozenset[str] = frozenset()
+    node_selectors: tuple[Selector, ...] = ()
+    interfaces: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Dns:
+    """Cluster DNS, answered by the node itself.
+
+    Attributes:
+        address: The cluster IP that pods ask (``--cluster-dns``).
+        ttl: Of answers, in seconds.
+        upstreams: Who is asked about other names, (address, port); empty: nobody.
+        pods: CoreDNS's modes for names of pods by their address.
+    """
+
+    address: Address
+    domain: str = "cluster.local"
+    ttl: int = 5
+    upstreams: tuple[tuple[Address, int], ...] = ()
+    pods: Literal["disabled", "insecure", "verified"] = "disabled"
+
+
+@dataclass(frozen=True, slots=True)
 class DesiredState:
     """All that the data plane should be.
 
@@ -294,6 +378,9 @@ class DesiredState:
         uplink: None for a node that stands alone.
         on_link: The uplink's own prefixes. No file says them: the node reads them from the interface and puts them
             in with ``dataclasses.replace``; CrossSubnet compares peers with them.
+        advertisements: None: every address is announced, by any node. Otherwise only what one of them lets.
+        owners: Who announces which load balancer address, where a store decides that; None: each node elects them.
+        silent: Nodes that do not answer heartbeats: they are not elected.
     """
 
     node: Node
@@ -306,6 +393,11 @@ class DesiredState:
     on_link: tuple[Network, ...] = ()
     balancing: Balancing = Balancing()
     services: tuple[Service, ...] = ()
+    dns: Dns | None = None
+    pools: tuple[AddressPool, ...] = ()
+    advertisements: tuple[L2Advertisement, ...] | None = None
+    owners: frozenset[tuple[Address, str]] | None = None
+    silent: frozenset[str] = frozenset()
 
     @property
     def tunnels(self) -> bool:
@@ -351,6 +443,24 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Store:
+    """Where the state of the cluster comes from, beside the node's own file.
+
+    Attributes:
+        endpoints: etcd's client URLs.
+        prefix: Of all keys in etcd.
+        lease_ttl: Seconds after which etcd forgets a member that is silent.
+        kubeconfig: A file's path; "": the pod's service account.
+    """
+
+    source: Literal["static", "etcd", "kubernetes"] = "static"
+    endpoints: tuple[str, ...] = ("http://127.0.0.1:2379",)
+    prefix: str = "/dataplane/v1"
+    lease_ttl: float = 10.0
+    kubeconfig: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """A whole configuration file: the desired state, and what concerns the process only.
 
@@ -358,6 +468,7 @@ class Settings:
         path: Where it came from, for reload; None when the built-in example is used.
         socket: The control API's unix socket.
         metrics: Where ``/metrics`` listens, (host, port); None when off.
+        cni: The control socket serves the CNI plugin, too.
     """
 
     state: DesiredState
@@ -366,3 +477,5 @@ class Settings:
     socket: Path = Path("/run/dataplane/node.sock")
     metrics: tuple[str, int] | None = None
     log: Log = Log()
+    store: Store = Store()
+    cni: bool = False

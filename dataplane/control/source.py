@@ -1,0 +1,67 @@
+"""Where the state of the cluster comes from: one interface for etcd and for a Kubernetes API server.
+
+The node runs a source beside its packets. The source hands out every state of the cluster that is worth applying, the
+newest only: what comes while one is being applied is applied together. When the store is away the node keeps what it
+knows; the source says so, tries again, and hands out whatever has changed meanwhile.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from dataplane.control.cluster import Cluster
+from dataplane.control.snapshot import Reload
+from dataplane.control.state import Settings
+
+Sink: TypeAlias = Callable[[Cluster], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a source is doing.
+
+    Attributes:
+        connected: The store answered the last time.
+        error: What it said, or why it could not be asked; "" while connected.
+        changed: When ``connected`` last changed, seconds since the epoch.
+        revision: The newest that was handed out.
+        lag: Seconds by which that is behind the store, as far as the node can know; 0 while it is up to date.
+    """
+
+    connected: bool = False
+    error: str = ""
+    changed: float = 0
+    revision: int = 0
+    lag: float = 0
+
+
+class Source(Protocol):
+    """A store of the cluster's state."""
+
+    @property
+    def health(self) -> Health:
+        """How the source is doing now."""
+        ...
+
+    async def join(self, settings: Settings) -> Cluster:
+        """Make this node known, before it starts; return the first state, in which it has its pod blocks.
+
+        Waits, with a line in the log, while the store cannot be reached.
+        """
+        ...
+
+    async def run(self, sink: Sink) -> None:
+        """Hand out states of the cluster until cancelled. Never ends by itself."""
+        ...
+
+    async def leave(self) -> None:
+        """Take back what only a living node has, membership and ownership; do not wait for a store that is away."""
+        ...
+
+    async def edit(self, name: str, values: tuple[Any, ...]) -> Reload | None:
+        """Carry out an edit of the control API (``config_edit``) in the store; None: the node keeps it for itself."""
+        ...
+
+    def status(self) -> Mapping[str, Any]:
+        """Return what ``dataplane cluster status`` shows (``snapshot.ClusterStatus``)."""
+        ...
