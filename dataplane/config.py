@@ -11,11 +11,11 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import PlainValidator, ValidationError
 from pydantic.fields import FieldInfo
@@ -38,6 +38,8 @@ _KINDS = {
     "model_type": "a table",
     "model_attributes_type": "a table",
 }
+
+Model = TypeVar("Model", bound=Section)
 
 
 class ConfigError(Exception):
@@ -67,28 +69,52 @@ def load(path: Path | None = None) -> desired.Settings:
     Raises:
         ConfigError: With every problem of the file.
     """
-    return parse(_read(path or DEFAULT), path or DEFAULT, path)
+    return parse(read(path or DEFAULT), path or DEFAULT, path)
 
 
 def parse(source: str, name: Path | str, path: Path | None = None) -> desired.Settings:
     """Check a configuration that is already text; ``name`` stands before the errors."""
+    return _settings(checked(source, name, Schema(_model, _whole_file), check), path)
+
+
+@dataclass(frozen=True, slots=True)
+class Schema(Generic[Model]):
+    """The models of one kind of file.
+
+    Attributes:
+        smallest: Returns the one that a file with these values needs.
+        whole: Returns the one with every section.
+    """
+
+    smallest: Callable[[dict[str, Any]], type[Model]]
+    whole: Callable[[], type[Section]]
+
+
+def checked(
+    source: str, name: Path | str, schema: Schema[Model], sense: Callable[[Model, dict[str, Any]], Iterable[Problem]]
+) -> Model:
+    """Return the models of a text whose shape and sense are right.
+
+    Raises:
+        ConfigError: With every problem of the text.
+    """
     try:
         values = tomllib.loads(source)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError((_syntax_error(name, source, str(error)),)) from None
-    pruned = _Pruned(copy.deepcopy(values))
+    pruned = _Pruned(copy.deepcopy(values), schema)
     file = pruned.validate()
     problems = list(pruned.problems)
     if file is not None:
-        problems += [pruned.restored(problem) for problem in check(file, pruned.values) if pruned.is_news(problem)]
+        problems += [pruned.restored(problem) for problem in sense(file, pruned.values) if pruned.is_news(problem)]
     if problems or file is None:
         raise ConfigError(_format(name, problems, find_lines(source)))
-    return _settings(file, path)
+    return file
 
 
 def shape(values: dict[str, Any]) -> tuple[File | None, list[Problem]]:
     """Return the models of what has a right shape, and what has not."""
-    pruned = _Pruned(copy.deepcopy(values))
+    pruned = _Pruned(copy.deepcopy(values), Schema(_model, _whole_file))
     return pruned.validate(), pruned.problems
 
 
@@ -208,7 +234,12 @@ def _store(given: StateSection) -> desired.Store:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -238,7 +269,7 @@ def _syntax_error(name: Path | str, source: str, message: str) -> str:
 
 
 @dataclass
-class _Pruned:
+class _Pruned(Generic[Model]):
     """Values from which whatever has a wrong shape is taken out, and what was found wrong on the way.
 
     Attributes:
@@ -248,24 +279,25 @@ class _Pruned:
     """
 
     values: dict[str, Any]
+    schema: Schema[Model]
 
     def __post_init__(self) -> None:
         self.problems: list[Problem] = []
         self.broken: set[str] = set()
         self.indexes: dict[KeyPath, list[int]] = {}
 
-    def validate(self) -> File | None:
+    def validate(self) -> Model | None:
         """Return the models of what is right; None if nothing can be saved."""
         for _ in range(_PASSES):
             try:
-                return _model(self.values).model_validate(self.values)
+                return self.schema.smallest(self.values).model_validate(self.values)
             except ValidationError as failed:
                 errors = failed.errors(include_url=False)
             if not self.problems:  # later passes only miss what this one takes out
-                self.problems = [Problem(error["loc"], _explain(error)) for error in errors]
+                self.problems = [Problem(error["loc"], _explain(error, self.schema.whole())) for error in errors]
             offenders = {_offender(error["loc"], error["type"]): error["type"] for error in errors}
             for path in sorted(offenders, key=_order, reverse=True):
-                meant = _meant(path) if offenders[path] == "extra_forbidden" else path
+                meant = _meant(path, self.schema.whole()) if offenders[path] == "extra_forbidden" else path
                 self.broken.add(".".join(part for part in meant if isinstance(part, str)))
                 self._take_out(path)
         return None
@@ -308,35 +340,35 @@ def _order(path: KeyPath) -> tuple[tuple[str, int], ...]:
     return tuple((part, -1) if isinstance(part, str) else ("", part) for part in path)
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, whole: type[Section]) -> str:
     path, kind = error["loc"], error["type"]
     if kind == "missing":
-        return f"missing; expected {_expected(path)}"
+        return f"missing; expected {_expected(path, whole)}"
     if kind == "extra_forbidden":
-        return _unknown_key(path)
+        return _unknown_key(path, whole)
     if kind == "expected":
         return f"expected {error['ctx']['expected']} (got {_quote(error['input'])})"
     expected = error["ctx"]["expected"].replace("'", '"') if kind == "literal_error" else _KINDS.get(kind, error["msg"])
     return f"expected {expected} (got {_quote(error['input'])})"
 
 
-def _unknown_key(path: KeyPath) -> str:
-    meant = _meant(path)
+def _unknown_key(path: KeyPath, whole: type[Section]) -> str:
+    meant = _meant(path, whole)
     if len(meant) == len(path):
         return f'unknown key; did you mean "{meant[-1]}"?'
-    return f"unknown key; known are {', '.join(str(key) for key in _fields(_section_at(path[:-1])))}"
+    return f"unknown key; known are {', '.join(str(key) for key in _fields(_section_at(path[:-1], whole)))}"
 
 
-def _meant(path: KeyPath) -> KeyPath:
+def _meant(path: KeyPath, whole: type[Section]) -> KeyPath:
     """Return the path of the known key that is nearest to an unknown one; if none is near, that of the table."""
-    folded = {str(key).lower(): key for key in _fields(_section_at(path[:-1]))}
+    folded = {str(key).lower(): key for key in _fields(_section_at(path[:-1], whole))}
     near = difflib.get_close_matches(str(path[-1]).lower(), folded, n=1)
     return (*path[:-1], folded[near[0]]) if near else path[:-1]
 
 
-def _expected(path: KeyPath) -> str:
+def _expected(path: KeyPath, whole: type[Section]) -> str:
     """Say what a missing key should hold."""
-    field = _fields(_section_at(path[:-1]))[path[-1]]
+    field = _fields(_section_at(path[:-1], whole))[path[-1]]
     items = (part for argument in get_args(field.annotation) for part in getattr(argument, "__metadata__", ()))
     for note in field.metadata:
         if isinstance(note, PlainValidator) and isinstance(note.func, Expect):
@@ -368,10 +400,14 @@ def _fields(section: type[Section]) -> dict[str | int, FieldInfo]:
     return {key_name(name): field for name, field in section.model_fields.items()}
 
 
-def _section_at(path: KeyPath) -> type[Section]:
+def _whole_file() -> type[Section]:
     from dataplane.config_later import WholeFile
 
-    section: type[Section] = WholeFile
+    return WholeFile
+
+
+def _section_at(path: KeyPath, whole: type[Section]) -> type[Section]:
+    section = whole
     for part in path:
         if isinstance(part, str):
             section = next(_sections(_fields(section)[part].annotation))
