@@ -180,7 +180,13 @@ def _state(file: File) -> desired.DesiredState:
         uplink=uplink,
         vxlan=desired.Vxlan(vxlan.mode, vxlan.vni, vxlan.port, vxlan.interface, vxlan.udp_checksum),
         peers=tuple(
-            desired.Peer(peer.name, peer.address, tuple(peer.pod_cidr), peer.vtep_mac or desired.vtep_mac(peer.name))
+            desired.Peer(
+                peer.name,
+                peer.address,
+                tuple(peer.pod_cidr),
+                peer.vtep_mac or desired.vtep_mac(peer.name),
+                labels=tuple(sorted(peer.labels.items())),
+            )
             for peer in file.peers
         ),
         routes=tuple(desired.StaticRoute(route.dst, route.via, route.type) for route in file.routes),

@@ -49,12 +49,20 @@ class IPAddressPool(Section):
     service_allocation: ServiceAllocation = Field(default_factory=ServiceAllocation)
 
 
+class PreferredNodeSelector(Section):
+    """``PreferredNodeSelector`` of metallb.io/v1beta1: nodes that come first while they are eligible."""
+
+    weight: Annotated[int, number(1, 100)]
+    preference: LabelSelector
+
+
 class L2Advertisement(Section):
     """``L2Advertisement`` of metallb.io/v1beta1."""
 
     name: Name = "default"
     ip_address_pools: list[Name] = []
     node_selectors: list[LabelSelector] = []
+    preferred_node_selectors: list[PreferredNodeSelector] = []
     interfaces: list[Interface] = []
 
 
@@ -106,6 +114,7 @@ def advertisement_of(given: L2Advertisement) -> desired.L2Advertisement:
         pools=frozenset(given.ip_address_pools),
         node_selectors=tuple(selector_of(selector) for selector in given.node_selectors),
         interfaces=frozenset(given.interfaces),
+        preferences=tuple((each.weight, selector_of(each.preference)) for each in given.preferred_node_selectors),
     )
 
 

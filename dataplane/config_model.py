@@ -126,6 +126,7 @@ class PeerSection(Section):
     address: IP
     pod_cidr: list[Prefix]
     vtep_mac: Mac | None = None
+    labels: Labels = {}
 
 
 class RouteSection(Section):

@@ -84,6 +84,7 @@ class StaticService(Section):
     cluster_ips: list[ClusterIP] = []
     external_ips: list[IP] = []
     load_balancer_ips: list[IP] = []
+    load_balancer_ip: IP | None = None
     external_name: OptionalName = ""
     ports: list[ServicePort] = []
     endpoints: list[Endpoint] = []
@@ -152,6 +153,7 @@ def service_of(given: StaticService) -> desired.Service:
         labels=tuple(sorted(given.labels.items())),
         annotations=tuple(sorted(given.annotations.items())),
         load_balancer_class=given.load_balancer_class,
+        requested_ip=given.load_balancer_ip,
     )
 
 

@@ -65,6 +65,7 @@ name = "node2"
 address = "192.0.2.12"
 podCIDR = ["10.244.2.0/24"]
 vtepMAC = "66:00:00:00:00:02"
+labels = { "topology.kubernetes.io/rack" = "r2" }
 [[routes]]
 dst = "198.51.100.0/24"
 via = "192.0.2.1"
@@ -90,6 +91,7 @@ type = "LoadBalancer"
 clusterIPs = ["10.96.0.20"]
 externalIPs = ["198.51.100.20"]
 loadBalancerIPs = ["192.0.2.200"]
+loadBalancerIP = "192.0.2.200"
 ports = [{ name = "http", protocol = "TCP", port = 80, targetPort = 8080, nodePort = 30080 }]
 endpoints = [
   { ip = "10.244.1.10", weight = 1 },
@@ -125,6 +127,7 @@ serviceSelectors = [{ matchLabels = { app = "web" } }]
 [[loadBalancer.l2Advertisements]]
 name = "default"
 nodeSelectors = [{ matchExpressions = [{ key = "rack", operator = "In", values = ["r1", "r2"] }] }]
+preferredNodeSelectors = [{ weight = 100, preference = { matchLabels = { rack = "r1" } } }]
 ipAddressPools = ["default"]
 interfaces = ["eth0"]
 [dns]

@@ -73,6 +73,8 @@ class Cluster:
         namespaces: That exist; services and pods may have others as well where a store knows no namespaces.
         advertisements: None: no such objects are known, and every address is announced by any node.
         owners: Who announces which load balancer address; None: the nodes elect them.
+        assigned: The load balancer addresses that the store's services got from pools, by the service's id; None: the
+            services say that themselves (``status.loadBalancer``).
         revision: Of the store: etcd's, or the highest ``resourceVersion`` seen.
     """
 
@@ -83,6 +85,7 @@ class Cluster:
     pools: tuple[AddressPool, ...] = ()
     advertisements: tuple[L2Advertisement, ...] | None = None
     owners: frozenset[tuple[Address, str]] | None = None
+    assigned: Mapping[str, tuple[Address, ...]] | None = None
     revision: int = 0
 
 
@@ -102,6 +105,7 @@ def over(cluster: Cluster, state: DesiredState) -> DesiredState:
             labels=state.node.labels or own.labels,
             zone=state.node.zone or own.zone,
             addresses=state.node.addresses or own.addresses,
+            announces=own.announces and own.alive,
         ),
         pod_network=replace(state.pod_network, cidrs=own.pod_cidrs or state.pod_network.cidrs),
         peers=(*state.peers, *(peer for node in others for peer in _peer(node))),
@@ -109,6 +113,7 @@ def over(cluster: Cluster, state: DesiredState) -> DesiredState:
         pools=(*state.pools, *cluster.pools),
         advertisements=_advertisements(state.advertisements, cluster.advertisements),
         owners=cluster.owners,
+        assigned=cluster.assigned or {},
     )
 
 

@@ -9,7 +9,8 @@ a node's VTEP has the MAC 0x66 + sha1(node)[0:5], and its tunnel address is the 
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -55,6 +56,7 @@ class Node:
         labels: Sorted pairs; selectors of load balancer pools and advertisements look at them.
         netns: The namespace of the uplink: "" for the one the process runs in, else a name or a path.
         host_interface: The TAP by which the host's own processes reach pods and services; "" is none.
+        announces: As `Peer.announces`, without its labels.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Node:
     netns: str = ""
     host_interface: str = ""
     labels: Labels = ()
+    announces: bool = True
 
     @property
     def vtep_mac(self) -> int:
@@ -84,6 +87,7 @@ class Pod:
         interface: The link's name on the node, ``cali...``.
         labels: Sorted pairs.
         ifname: The link's name in the pod.
+        cookie: The kernel's number for the namespace of a container runtime's pod: no other is taken for it. 0: any.
     """
 
     name: str
@@ -95,6 +99,7 @@ class Pod:
     interface: str
     labels: Labels = ()
     ifname: str = "eth0"
+    cookie: int = 0
 
     @property
     def id(self) -> str:
@@ -193,6 +198,7 @@ class StaticRoute:
 Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
 ServiceType: TypeAlias = Literal["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]
 TrafficPolicy: TypeAlias = Literal["Cluster", "Local"]
+FamilyPolicy: TypeAlias = Literal["SingleStack", "PreferDualStack", "RequireDualStack"]
 Origin: TypeAlias = Literal["file", "api", "etcd", "kubernetes"]
 
 
@@ -251,6 +257,8 @@ class Service:
         annotations: Sorted pairs; of them MetalLB's (``metallb.io/...``) matter.
         load_balancer_class: ``loadBalancerClass``: with one, addresses are somebody else's business.
         requested_ip: ``spec.loadBalancerIP``, deprecated and still asked for.
+        family_policy: ``ipFamilyPolicy``; which families there are is said by ``cluster_ips``.
+        selector: Sorted pairs, of the pods behind it; empty where endpoints are given by hand.
     """
 
     name: str
@@ -276,6 +284,8 @@ class Service:
     annotations: Labels = ()
     load_balancer_class: str = ""
     requested_ip: Address | None = None
+    family_policy: FamilyPolicy = "SingleStack"
+    selector: Labels = ()
 
     @property
     def id(self) -> str:
@@ -344,12 +354,14 @@ class L2Advertisement:
         pools: Names; with no pool and no selector: all.
         node_selectors: A node is eligible if one of them matches, or if there is none.
         interfaces: Where to announce; empty: on all. A node's only one is its uplink.
+        preferences: Weights and who gets them: of the eligible nodes those with the highest sum come first.
     """
 
     name: str = ""
     pools: frozenset[str] = frozenset()
     node_selectors: tuple[Selector, ...] = ()
     interfaces: frozenset[str] = frozenset()
+    preferences: tuple[tuple[int, Selector], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +393,8 @@ class DesiredState:
         advertisements: None: every address is announced, by any node. Otherwise only what one of them lets.
         owners: Who announces which load balancer address, where a store decides that; None: each node elects them.
         silent: Nodes that do not answer heartbeats: they are not elected.
+        assigned: The load balancer addresses that services got from pools, by the service's id.
+        refused: Why a service that waits for such an address has none.
     """
 
     node: Node
@@ -398,6 +412,8 @@ class DesiredState:
     advertisements: tuple[L2Advertisement, ...] | None = None
     owners: frozenset[tuple[Address, str]] | None = None
     silent: frozenset[str] = frozenset()
+    assigned: Mapping[str, tuple[Address, ...]] = field(default_factory=dict, hash=False)
+    refused: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def tunnels(self) -> bool:
