@@ -236,7 +236,7 @@ def test_every_key_is_known_and_what_comes_later_has_its_shape_checked_too():
     assert all("not supported yet" in line for line in errors(EVERY_KEY))
     assert len(errors(EVERY_KEY)) == 6
     found = errors(EVERY_KEY.replace("port = 80, ", 'port = "80", '))
-    assert '71: services.static[0].ports[0].port: expected a number from 1 to 65535 (got "80")' in found
+    assert '73: services.static[0].ports[0].port: expected a number from 1 to 65535 (got "80")' in found
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

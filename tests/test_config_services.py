@@ -53,6 +53,7 @@ def test_a_whole_service_is_read():
             drain_seconds=300,
             labels=(("app", "web"),),
             annotations=(("metallb.io/allow-shared-ip", "web"),),
+            requested_ip=IPv4Address("192.0.2.200"),
         ),
         Service("out", type="ExternalName", external_name="www.example.net"),
     )
