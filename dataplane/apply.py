@@ -30,7 +30,6 @@ from dataplane.tables.route import ANNOUNCED, HOSTED, Kind, Route
 
 _SLICE = 16  # virtual servers between two turns of the packets: 1 ms
 NODE, UPLINK, UNDERLAY, HOST, FIRST_POD = 0, 1, 2, 3, 4  # interface rows
-POD_INTERFACE = "eth0"
 
 _KINDS = {
     "pod": Kind.POD,
@@ -55,7 +54,7 @@ class PodLink:
     entry: int  # of the journal; 0 when the namespace was there before
 
     def close(self, log_book: Journal) -> None:
-        """Close the TAP, which takes ``eth0`` away, and remove the namespace if the node had made it."""
+        """Close the TAP, which takes the pod's link away, and remove the namespace if the node had made it."""
         self.tap.close()
         namespace.remove_namespace(self.namespace)
         if self.entry:
@@ -143,7 +142,7 @@ class Wiring:
     async def _prepare(self, edits: Sequence[Edit], state: DesiredState) -> tuple[dict[str, PodLink], list[PodLink]]:
         """Open the links of new and moved pods; return them by name, and those that are to be closed afterwards.
 
-        A namespace has one ``eth0``, so a link that is made anew in its own namespace, or in one that another pod is
+        A namespace has one link of a name, so one that is made anew in its own namespace, or in one that another pod is
         leaving, goes first: that pod alone is cut off for some milliseconds.
         """
         wanted = {edit.pod.netns for edit in edits if isinstance(edit, plan.AddPod)}
@@ -178,7 +177,7 @@ class Wiring:
         return opened, closed
 
     async def restore(self, interface: str) -> None:
-        """Make a pod's link anew, in its namespace, when it has vanished (somebody deleted ``eth0``).
+        """Make a pod's link anew, in its namespace, when it has vanished (somebody deleted it).
 
         Raises:
             NamespaceError, DeviceError: It cannot be made now.
@@ -196,21 +195,24 @@ class Wiring:
         self._connect(self.interfaces[interface], fresh)
 
     def _open(self, pod: Pod, state: DesiredState) -> PodLink:
-        """Make the pod's namespace if need be, and its ``eth0`` in it. Runs in a thread."""
+        """Make the pod's namespace if need be and may be, and its link in it. Runs in a thread."""
         path = namespace.namespace_path(pod.netns)
         entry = 0
-        if not path.exists():
-            entry = self.journal.record(journal.Namespace(str(path)))
-        handle = namespace.open_namespace(pod.netns)
+        if pod.cookie:
+            handle = namespace.known_namespace(pod.netns, pod.cookie)
+        else:
+            if not path.exists():
+                entry = self.journal.record(journal.Namespace(str(path)))
+            handle = namespace.open_namespace(pod.netns)
         try:
             if entry:
                 self.journal.made(entry, handle.cookie)
-            namespace.require_free(handle, POD_INTERFACE)
-            tap = namespace.in_namespace(handle, partial(Tap, POD_INTERFACE, offload=state.pod_network.offload))
+            namespace.require_free(handle, pod.ifname)
+            tap = namespace.in_namespace(handle, partial(Tap, pod.ifname, offload=state.pod_network.offload))
             try:
                 namespace.place(
                     handle,
-                    POD_INTERFACE,
+                    pod.ifname,
                     mac=pod.mac,
                     addresses=pod.addresses,
                     mtu=pod.mtu,
@@ -312,8 +314,7 @@ class Wiring:
 
 def _relinked(edit: plan.ChangePod) -> bool:
     """Say whether the change needs a new link: labels do not."""
-    old, new = edit.old, edit.new
-    return (old.netns, old.mac, old.mtu, old.addresses) != (new.netns, new.mac, new.mtu, new.addresses)
+    return replace(edit.old, labels=()) != replace(edit.new, labels=())
 
 
 def _addresses(pod: Pod) -> str:

@@ -240,6 +240,36 @@ def test_a_refused_setting_carries_the_kernels_words():
         place(handle, mtu=70000)
 
 
+def test_a_known_namespace_is_opened_and_never_made():
+    with opened(NAME) as handle:
+        again = ns.known_namespace(NAME, handle.cookie)
+        assert (again.cookie, again.created) == (handle.cookie, False)
+        ns.remove_namespace(again)
+        assert NAME in named()
+        with pytest.raises(ns.NamespaceError, match="another namespace by now"):
+            ns.known_namespace(NAME, handle.cookie + 1)
+    with pytest.raises(ns.NamespaceError) as caught:
+        ns.known_namespace(NAME)
+    assert caught.value.errno == errno.ENOENT
+    assert NAME not in named()
+
+
+def test_an_interface_is_looked_at_with_its_addresses_and_routes():
+    with opened(NAME) as handle:
+        assert ns.look(handle, "eth0") is None
+        with tap(handle):
+            place(handle)
+            found = ns.look(handle, "eth0")
+    assert found is not None
+    assert (found.link.mac, found.link.mtu, found.link.up) == (MAC, 1450, True)
+    assert ip_interface(f"{POD}/32") in found.link.addresses
+    default = IPv4Network("0.0.0.0/0")
+    assert {route for route in found.routes if route[0].version == 4} == {
+        (IPv4Network("169.254.1.1/32"), None),
+        (default, ns.GATEWAY),
+    }
+
+
 def test_closing_the_tap_removes_the_interface_and_unplace_is_idempotent():
     with opened(NAME) as handle:
         with tap(handle):

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dataplane"
 
 # Lowest first. Names of one line stand beside each other and may not import one another; a folder is one name.
 LAYERS = [
-    {"linking"},
+    {"linking", "cni"},
     {"jit"},
     {"codecs", "tables"},
     {"verdict"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"underlay", "host", "report"},
     {"node"},
     {"follow"},
+    {"attach"},
     {"daemon"},
     {"cli_base"},
     {"cli_show"},

@@ -29,7 +29,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from dataplane.devices.netlink import Address, Netlink, NetlinkError
+from dataplane.devices.netlink import Address, Link, Netlink, NetlinkError, Network
 
 DIRECTORY = Path("/run/netns")
 GATEWAY = IPv4Address("169.254.1.1")  # the address that no machine has: every pod's next hop, answered by proxy ARP
@@ -105,6 +105,27 @@ def open_namespace(name_or_path: str) -> NamespaceHandle:
     except BaseException:
         os.close(fd)
         raise
+
+
+def known_namespace(name_or_path: str, cookie: int = 0) -> NamespaceHandle:
+    """Open a namespace that somebody else has made: this one and no other, unless the cookie is 0.
+
+    Raises:
+        NamespaceError: There is none, or (``ENOENT`` as well) it is another one by now: process ids are used again.
+    """
+    path = namespace_path(name_or_path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NamespaceError(str(path), "open", error.errno or 0) from error
+    try:
+        found = _cookie(fd, path)
+        if cookie not in (0, found):
+            raise NamespaceError(str(path), "open", errno.ENOENT, "it is another namespace by now")
+    except BaseException:
+        os.close(fd)
+        raise
+    return NamespaceHandle(fd, path, created=False, cookie=found)
 
 
 def remove_namespace(handle: NamespaceHandle) -> None:
@@ -184,6 +205,31 @@ def place(
             return index
     except NetlinkError as error:
         raise NamespaceError(str(handle.path), f"{interface}: {error.operation}", error.errno, error.text) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an interface of a namespace is like; its routes are those of the main table, (destination, gateway)."""
+
+    link: Link
+    routes: frozenset[tuple[Network, Address | None]]
+
+
+def look(handle: NamespaceHandle, interface: str) -> Found | None:
+    """Return what an interface of a namespace is like; None when there is none.
+
+    Raises:
+        NamespaceError: The system does not say.
+    """
+    try:
+        with in_namespace(handle, Netlink) as netlink:
+            link = netlink.link(interface)
+            routes = netlink.routes(link.index)
+    except NetlinkError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise NamespaceError(str(handle.path), f"{interface}: {error.operation}", error.errno, error.text) from error
+    return Found(link, frozenset((route.destination, route.gateway) for route in routes))
 
 
 def unplace(handle: NamespaceHandle, interface: str) -> bool:

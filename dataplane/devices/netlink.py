@@ -31,7 +31,7 @@ NDMSG = struct.Struct("=B3xiHBB")  # family, index, state, flags, type
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
-NEWROUTE, DELROUTE = 24, 25
+NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH = 28
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 CREATE, REPLACE, CREATE_NEW = 0x400, 0x400 | 0x100, 0x400 | 0x200  # NLM_F_CREATE, and with REPLACE or EXCL
@@ -310,6 +310,13 @@ class Netlink:
         bodies = self.request("list addresses", GETADDR, DUMP, IFADDR.pack(0, 0, 0, 0, 0))
         found = [pair for body in bodies if (pair := _link_address(body)) is not None]
         return tuple(address for its_index, address in found if its_index == index)
+
+    def routes(self, index: int) -> list[RouteEvent]:
+        """Return the IPv4 and IPv6 routes of the main table that lead over a link."""
+        body = RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)
+        found = [_route(each, gone=False) for each in self.request("list routes", GETROUTE, DUMP, body)
+                 if each[:1] in ROUTED_FAMILIES]  # fmt: skip
+        return [route for route in found if route.index == index and route.table == TABLE_MAIN]
 
     def set_link(
         self, index: int, *, up: bool | None = None, mac: int | None = None, mtu: int | None = None, name: str = ""
