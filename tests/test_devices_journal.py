@@ -306,3 +306,19 @@ def test_of_nodes_that_start_at_once_one_becomes_the_owner(path):
         for rival in rivals:
             rival.communicate("stop\n")
     assert not Path(path).exists()
+
+
+def test_a_journal_that_was_handed_over_is_read_by_anybody_and_recovered_when_its_owner_has_ended(path, netns):
+    assert journals.contents(path) == (None, [])
+    thing = File(str(path.with_name("socket")))
+    journal, _ = claim(path)
+    journal.record(thing)
+    journal.hand_over()
+    assert journals.contents(path) == (process(os.getpid()), [thing])
+    with pytest.raises(AlreadyRunningError):
+        recover(path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"started": 1}), *lines[1:]]) + "\n")
+    Path(thing.path).touch()
+    assert recover(path) == [f"file {thing.path} removed"]
+    assert not path.exists()

@@ -194,6 +194,11 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
+    def hand_over(self) -> None:
+        """Leave the file to whoever comes next: what it names stays, and nobody owns it once this process ends."""
+        os.close(self._fd)
+        self._fd = -1
+
     def _append(self, line: dict[str, Any]) -> None:
         _write(self._fd, [line])
 
@@ -238,6 +243,15 @@ def recover(path: Path) -> list[str]:
         if not left:
             path.unlink()
     return report
+
+
+def contents(path: Path) -> tuple[Process | None, list[Thing]]:
+    """Return who owns a journal and what it names, oldest first; None and nothing when there is no journal."""
+    try:
+        owner, things, _ = _read(path.read_bytes())
+    except FileNotFoundError:
+        return None, []
+    return owner, things
 
 
 @contextmanager
