@@ -38,9 +38,12 @@ class Follower:
         self._cluster = Cluster()
         self._newest: Cluster | None = None
         self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._task: asyncio.Task[None] | None = None
         node.amend(self._over)
         node.source = source
+        node.caught_up = self._caught_up
 
     def _over(self, state: DesiredState) -> DesiredState:
         return over(self._cluster, state)
@@ -71,12 +74,19 @@ class Follower:
                 if self._newest is not None:
                     cluster, self._newest = self._newest, None
                     await self._apply(cluster)
+                if self._newest is None:
+                    self._idle.set()
             handing.result()
         finally:
             handing.cancel()
+            self._idle.set()
+
+    async def _caught_up(self) -> None:
+        await self._idle.wait()
 
     def _take(self, cluster: Cluster) -> None:
         self._newest = cluster
+        self._idle.clear()
         self._news.set()
 
     async def _apply(self, cluster: Cluster) -> None:

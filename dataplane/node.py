@@ -7,7 +7,7 @@ one tick a second. End: forward what is already queued, carry out the plan to no
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -44,6 +44,7 @@ class Node:
 
     Attributes:
         source: Where the state of the cluster comes from; None: from the file alone.
+        caught_up: Returns when everything that the source has handed out is applied.
 
     Args:
         settings: The configuration, checked.
@@ -65,6 +66,7 @@ class Node:
         self._overlay = Overlay()
         self._amendments: list[Amendment] = []
         self.source: Source | None = None
+        self.caught_up: Callable[[], Awaitable[None]] = _at_once
         self._health = HealthServer()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
@@ -247,8 +249,12 @@ class Node:
 
     async def _edit(self, name: str, *values: Any) -> Reload:
         """Carry out an edit of ``config_edit``, which is made in a thread: its models take 50 ms the first time."""
-        if self.source is not None and (done := await self.source.edit(name, values)) is not None:
-            return done
+        state = self.wiring.state
+        if self.source is not None and state is not None and not self.stopping.is_set():
+            done = await self.source.edit(name, values, state)
+            if done is not None:
+                await self.caught_up()
+                return done
         async with self._changing:
             if self.stopping.is_set():
                 return _STOPPING
@@ -289,6 +295,10 @@ class Node:
             self.underlay.close()
         await asyncio.to_thread(self.host.close)
         self._journal.close()
+
+
+async def _at_once() -> None:
+    """There is nothing to wait for."""
 
 
 def _refused(*errors: str) -> Reload:

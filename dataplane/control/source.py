@@ -11,9 +11,13 @@ from typing import Any, Protocol, TypeAlias
 
 from dataplane.control.cluster import Cluster
 from dataplane.control.snapshot import Reload
-from dataplane.control.state import Settings
+from dataplane.control.state import DesiredState, Settings
 
 Sink: TypeAlias = Callable[[Cluster], None]
+
+
+class SourceError(Exception):
+    """A store that the configuration describes and that can never work so; one line, with the key or file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,11 @@ class Source(Protocol):
         """Take back what only a living node has, membership and ownership; do not wait for a store that is away."""
         ...
 
-    async def edit(self, name: str, values: tuple[Any, ...]) -> Reload | None:
-        """Carry out an edit of the control API (``config_edit``) in the store; None: the node keeps it for itself."""
+    async def edit(self, name: str, values: tuple[Any, ...], state: DesiredState) -> Reload | None:
+        """Carry out an edit of the control API (``config_edit``) in the store; None: the node keeps it for itself.
+
+        ``state`` is the node's, to check the edit against. When this returns, what came of it has been handed out.
+        """
         ...
 
     def status(self) -> Mapping[str, Any]:
