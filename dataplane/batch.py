@@ -160,4 +160,5 @@ TCP_LIBERAL = 16  # nf_conntrack_tcp_be_liberal: segments outside the window are
 TCP_LOOSE = 17  # nf_conntrack_tcp_loose: connections are picked up in the middle
 UPLINK_OWN = 18  # the uplink is ours alone: the host's stack has no address on it
 ROUTE_GENERATION = 19  # changes with every edit of routes or addresses
+ANNOUNCE_UNTIL = 20  # when this node stops to answer for addresses that others may take, ns; 0: never
 SETTING_COUNT = 32

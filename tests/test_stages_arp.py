@@ -343,6 +343,21 @@ def test_on_an_interface_of_our_own_the_nodes_address_is_answered_and_defended(w
     assert asked(world, GATEWAY, w.UPLINK, **LAN).reason == Reason.ARP_NOT_OWNER
 
 
+@pytest.mark.parametrize("until", [0, 1 << 62])
+def test_an_address_that_may_move_is_answered_while_the_node_knows_that_it_is_the_owner(owner, until):
+    owner.tables.settings[b.ANNOUNCE_UNTIL] = until
+    assert asked(owner, BALANCER, w.UPLINK, **LAN).reason == Reason.ARP_ANSWERED
+
+
+def test_when_that_time_is_over_only_the_nodes_own_address_is_answered(owner):
+    owner.route(f"{w.NODE}/32", Route(Kind.LOCAL, flags=ANNOUNCED))
+    owner.tables.settings[b.ANNOUNCE_UNTIL] = owner.now
+    assert asked(owner, BALANCER, w.UPLINK, **LAN).reason == Reason.ARP_NOT_OWNER
+    assert asked(owner, w.NODE, w.UPLINK, **LAN).reason == Reason.ARP_ANSWERED
+    owner.tables.settings[b.ANNOUNCE_UNTIL] = owner.now + 1
+    assert asked(owner, BALANCER, w.UPLINK, **LAN).reason == Reason.ARP_ANSWERED
+
+
 KNOWN = [
     ("a reachable neighbor", State.REACHABLE, LOCK_NS, (OTHER_MAC, State.STALE)),
     ("a neighbor that is being probed", State.PROBE, LOCK_NS, (OTHER_MAC, State.STALE)),

@@ -9,6 +9,8 @@ The reply is made in place from the request and leaves by the interface it came 
 On the uplink only what is announced is answered (the route's ``ANNOUNCED``): a load balancer's addresses while this
 node is their owner, and the node's own addresses if the interface is ours alone; on a shared one the host's stack
 answers for those. That is stricter than the kernel's ``arp_ignore=1``: no other address of the node, no pod, ever.
+That it is an owner a node knows only for a while (``ANNOUNCE_UNTIL``, control/ownership.py): one that was stopped and
+goes on does not answer for what another node has taken meanwhile, from its first packet on.
 Whoever asks is learned from in place if it is a neighbor already; a new one is asked when there is something to send.
 
 Steals: arp.answered. Queues: arp.learn. Drops: arp.malformed, arp.not-owner, arp.own-ip, arp.probe, l2.spoofed-src,
@@ -19,7 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from dataplane.batch import GATEWAY_LO, INTERFACE_TABLE, NEIGHBOURS, PROXY_ARP, ROUTES, SETTINGS, TUNNELED, V4_PREFIX
+from dataplane.batch import (
+    ANNOUNCE_UNTIL,
+    GATEWAY_LO,
+    INTERFACE_TABLE,
+    NEIGHBOURS,
+    PROXY_ARP,
+    ROUTES,
+    SETTINGS,
+    TUNNELED,
+    V4_PREFIX,
+)
 from dataplane.codecs import arp as wire
 from dataplane.codecs import ethernet
 from dataplane.jit import kernel
@@ -42,7 +54,7 @@ def arp(batch: Any, count: int, tables: Any, now: int) -> None:
         packet = packets[i]
         if packet["ethertype"] != ethernet.ETHERTYPE_ARP or packet["verdict"] != Verdict.ACCEPT:
             continue
-        why = _decide(data, packet, tables)
+        why = _decide(data, packet, tables, now)
         packet["reason"] = why
         if why == Reason.ARP_ANSWERED:
             _note(data, packet, tables, now)
@@ -55,7 +67,7 @@ def arp(batch: Any, count: int, tables: Any, now: int) -> None:
 
 
 @kernel
-def _decide(data: Any, packet: Any, tables: Any) -> int:
+def _decide(data: Any, packet: Any, tables: Any, now: int) -> int:
     interfaces = tables[INTERFACE_TABLE]
     at, iif = int(packet["l3"]), int(packet["iif"])
     start = int(packet["start"])
@@ -73,7 +85,7 @@ def _decide(data: Any, packet: Any, tables: Any) -> int:
     role = int(interfaces[iif]["role"])
     if role == Role.POD or role == Role.HOST:
         return _from_link(data, packet, tables)
-    return _from_lan(data, packet, tables)
+    return _from_lan(data, packet, tables, now)
 
 
 @kernel
@@ -116,7 +128,7 @@ def _is_its_own(address: int, iif: int, tables: Any) -> bool:
 
 
 @kernel
-def _from_lan(data: Any, packet: Any, tables: Any) -> int:
+def _from_lan(data: Any, packet: Any, tables: Any, now: int) -> int:
     """Return what becomes of an ARP packet from the uplink: answered, worth learning from, or none of our business.
 
     As with ``arp_accept=0``: a reply, or a gratuitous request, updates an entry that exists; only a request for an
@@ -128,7 +140,7 @@ def _from_lan(data: Any, packet: Any, tables: Any) -> int:
     request = wire.operation(data, at) == _REQUEST
     found = route.lookup(routes, 0, V4_PREFIX | target) if request else -1
     # A sender that has our address is in conflict with us: answering it would not make that better.
-    if found >= 0 and routes[-1]["flags"][found] & ANNOUNCED and sender != target:
+    if found >= 0 and sender != target and _is_announced(routes[-1], found, tables, now):
         to = ethernet.destination(data, packet["start"])
         if to == ethernet.BROADCAST or to == np.int64(tables[INTERFACE_TABLE][iif]["mac"]):
             return Reason.ARP_ANSWERED
@@ -139,6 +151,15 @@ def _from_lan(data: Any, packet: Any, tables: Any) -> int:
     if found >= 0 and routes[-1]["kind"][found] == Kind.LOCAL:
         return Reason.ARP_LEARN
     return Reason.ARP_NOT_OWNER
+
+
+@kernel
+def _is_announced(entries: Any, found: int, tables: Any, now: int) -> bool:
+    """Tell whether this node answers for a route's address: for one that may move, only as long as it is known to."""
+    if not entries["flags"][found] & ANNOUNCED:
+        return False
+    until = np.int64(tables[SETTINGS][ANNOUNCE_UNTIL])
+    return bool(until == 0 or now < until or entries["kind"][found] == Kind.LOCAL)
 
 
 @kernel
