@@ -69,8 +69,19 @@ class Pool:
 
     def holds(self, cidr: Network) -> bool:
         """Whether a block is part of the pool, whatever its size."""
-        own = self.cidr
-        return cidr.version == own.version and cidr.network_address in own and cidr.prefixlen >= own.prefixlen
+        return cidr.prefixlen >= self.cidr.prefixlen and self.overlaps(cidr)
+
+    def overlaps(self, cidr: Network) -> bool:
+        """Whether a prefix has addresses of the pool."""
+        return cidr.version == self.cidr.version and cidr.overlaps(self.cidr)
+
+    def span(self, cidr: Network) -> tuple[int, int]:
+        """Return the places of the first and the last block that share addresses with a prefix that overlaps."""
+        first = max(int(cidr.network_address), int(self.cidr.network_address))
+        last = min(int(cidr.broadcast_address), int(self.cidr.broadcast_address))
+        bits = self.cidr.max_prefixlen - self.block_size
+        base = int(self.cidr.network_address)
+        return (first - base) >> bits, (last - base) >> bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +192,9 @@ def cooled(block: Block, now: float, cooldown: float) -> Block:
     A time that lies further ahead than clocks of nodes differ is over: it comes from a clock that was put back since.
     """
     waiting = tuple(
-        (ordinal, since) for ordinal, since in block.released if since + cooldown > now >= since - MAX_COOLDOWN
+        (ordinal, since)
+        for ordinal, since in block.released
+        if cooldown and since + cooldown > now >= since - MAX_COOLDOWN
     )
     if len(waiting) == len(block.released):
         return block
@@ -191,8 +204,12 @@ def cooled(block: Block, now: float, cooldown: float) -> Block:
 
 def first_free(block: Block, rules: Rules) -> int | None:
     """Return the first ordinal of the queue that is not reserved."""
-    near = replace(rules, reservations=tuple(each for each in rules.reservations if each.overlaps(block.cidr)))
+    near = replace(rules, reservations=tuple(each for each in rules.reservations if _touches(each, block.cidr)))
     return next((each for each in block.unallocated if not near.reserved(block.address(each))), None)
+
+
+def _touches(one: Network, other: Network) -> bool:
+    return one.version == other.version and one.overlaps(other)
 
 
 def allocated(block: Block, ordinal: int, allocation: Allocation) -> Block:
