@@ -179,22 +179,26 @@ def _state(file: File) -> desired.DesiredState:
         ),
         uplink=uplink,
         vxlan=desired.Vxlan(vxlan.mode, vxlan.vni, vxlan.port, vxlan.interface, vxlan.udp_checksum),
-        peers=tuple(
-            desired.Peer(
-                peer.name,
-                peer.address,
-                tuple(peer.pod_cidr),
-                peer.vtep_mac or desired.vtep_mac(peer.name),
-                labels=tuple(sorted(peer.labels.items())),
-            )
-            for peer in file.peers
-        ),
+        peers=_peers(file),
         routes=tuple(desired.StaticRoute(route.dst, route.via, route.type) for route in file.routes),
         balancing=balancing,
         services=services,
         dns=dns,
         pools=pools,
         advertisements=advertisements,
+    )
+
+
+def _peers(file: File) -> tuple[desired.Peer, ...]:
+    return tuple(
+        desired.Peer(
+            peer.name,
+            peer.address,
+            tuple(peer.pod_cidr),
+            peer.vtep_mac or desired.vtep_mac(peer.name),
+            labels=tuple(sorted(peer.labels.items())),
+        )
+        for peer in file.peers
     )
 
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias, TypeVar
 
-from dataplane.control.announcer import announced
 from dataplane.control.edits import (
     AddDestination,
     AddPod,
@@ -41,6 +40,7 @@ from dataplane.control.edits import (
     RouteSpec,
     SetRoute,
 )
+from dataplane.control.election import announced
 from dataplane.control.routing import routes
 from dataplane.control.services import Changes, changed_services, changes, virtual_addresses
 from dataplane.control.state import Address, DesiredState, Network, Peer, Pod, Service, Settings

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from ipaddress import ip_network
 
-from dataplane.control.announcer import announced
 from dataplane.control.edits import RouteSpec, Source
+from dataplane.control.election import announced
 from dataplane.control.services import virtual_addresses
 from dataplane.control.state import Address, DesiredState, Network, Peer, StaticRoute
 

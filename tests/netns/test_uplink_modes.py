@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from dataplane.control import client
-from dataplane.control.announcer import winner
+from dataplane.control.election import winner
 from tests.netns import checks
 from tests.netns.harness import READY_TIMEOUT, Namespace, Network, Node, eventually
 from tests.netns.ours import assert_balanced, config, drops, member

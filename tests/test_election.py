@@ -1,0 +1,136 @@
+"""election: who owns an address, checked against sums made by sha256sum(1), and who may."""
+
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataplane.control.election import announced, owner, winner
+from dataplane.control.state import (
+    Endpoint,
+    Service,
+    Uplink,
+)
+from tests.announced import ADDRESS, HERE, NODE, THERE, UNNAMED, service, state
+
+# The first six bytes of `printf 'NODE#ADDRESS' | sha256sum`; the smallest in a column wins.
+#                192.0.2.200   192.0.2.201   192.0.2.202   192.0.2.203
+#   node1        cbd3a6277c28  e027bd18e5d4  9711d4c3c672  3cdcc63adb2b
+#   node2        9f4391046c89  da2e3e032f90  31fd0e026b39  89f2b787168e
+#   node3        ad1fc5d49a66  04e7b3256f8e  86aca80c1783  a6a340e3645a
+GOLDEN = [("192.0.2.200", "node2"), ("192.0.2.201", "node3"), ("192.0.2.202", "node2"), ("192.0.2.203", "node1")]
+
+
+@pytest.mark.parametrize(("address", "node"), GOLDEN)
+def test_the_winner_is_metallbs(address, node):
+    assert winner(["node1", "node2", "node3"], IPv4Address(address)) == node
+
+
+def test_without_nodes_there_is_no_winner():
+    assert winner([], ADDRESS) is None
+
+
+NODES = st.sets(st.text("abcdefgh0123456789-.", min_size=1, max_size=12), min_size=1, max_size=8)
+ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
+
+
+@given(NODES, ADDRESSES, st.data())
+def test_removing_a_loser_never_moves_an_address(nodes, address, data):
+    owned_by = winner(nodes, address)
+    losers = sorted(nodes - {owned_by})
+    gone = set(data.draw(st.lists(st.sampled_from(losers), unique=True))) if losers else set()
+    assert winner(nodes - gone, address) == owned_by
+
+
+@given(NODES, ADDRESSES, st.text("ijkl", min_size=1, max_size=4))
+def test_a_new_node_takes_an_address_only_for_itself(nodes, address, new):
+    assert winner(nodes | {new}, address) in {winner(nodes, address), new}
+
+
+@given(st.permutations(["node1", "node2", "node3", "node4"]), ADDRESSES)
+def test_the_order_of_the_nodes_does_not_matter(nodes, address):
+    assert winner(nodes, address) == winner(sorted(nodes), address)
+
+
+NOT_READY = replace(HERE, ready=False, serving=False)
+WHO = [
+    ("all nodes, by their name and the address", service(HERE, THERE), "node2"),
+    ("all nodes, wherever the endpoints are", service(HERE), "node2"),
+    ("nobody without endpoints", service(), None),
+    ("nobody without an endpoint that serves", service(NOT_READY), None),
+    ("nobody when all endpoints are being drained", service(replace(HERE, draining=True)), None),
+    ("with an endpoint that terminates but serves", service(replace(HERE, ready=False, terminating=True)), "node2"),
+    ("with an unready one that is to be published", service(NOT_READY, publish_not_ready=True), "node2"),
+    ("local: nodes with an endpoint", service(HERE, external_policy="Local"), "node1"),
+    ("local: of two nodes with an endpoint", service(HERE, UNNAMED, external_policy="Local"), "node3"),
+    ("local: nodes with one that serves", service(NOT_READY, UNNAMED, external_policy="Local"), "node3"),
+    ("local: not a node that is no peer", service(replace(THERE, node="node9"), external_policy="Local"), None),
+    ("internal policy does not matter", service(HERE, internal_policy="Local"), "node2"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "node"), [row[1:] for row in WHO], ids=[row[0] for row in WHO])
+def test_the_owner_is(wanted, node):
+    assert owner(ADDRESS, state(wanted)) == node
+
+
+@pytest.mark.parametrize(("wanted", "node"), [row[1:] for row in WHO], ids=[row[0] for row in WHO])
+def test_exactly_the_owner_announces(wanted, node):
+    nodes = [1, 2, 3]
+    found = [f"node{me}" for me in nodes if announced(state(wanted, me=me, peers=tuple(n for n in nodes if n != me)))]
+    assert found == ([node] if node else [])
+
+
+def test_all_addresses_of_a_service_have_the_owner_of_the_first():
+    both = replace(service(HERE), load_balancer_ips=(ADDRESS, IPv6Address("2001:db8::200"), IPv4Address("192.0.2.203")))
+    assert [owner(address, state(both)) for address in both.load_balancer_ips] == ["node2"] * 3
+    assert announced(state(both, me=2, peers=(1, 3))) == {ADDRESS, IPv4Address("192.0.2.203")}
+    assert announced(state(both)) == frozenset()
+
+
+def test_a_service_without_a_load_balancer_has_no_owner():
+    plain = replace(service(HERE), load_balancer_ips=())
+    assert owner(ADDRESS, state(plain)) is None
+
+
+def local(*endpoints: Endpoint) -> Service:
+    return service(*endpoints, external_policy="Local")
+
+
+OTHER = IPv4Address("192.0.2.203")
+SHARED = [
+    ("two that are everywhere", service(HERE), service(THERE), "node2"),
+    ("one that is local", service(HERE), local(UNNAMED), "node3"),
+    ("two that are local, with one node in common", local(HERE, UNNAMED), local(HERE), "node1"),
+    ("two that are local on different nodes", local(HERE), local(UNNAMED), "node3"),
+    ("one that has no endpoint", local(), local(HERE), "node1"),
+    (
+        "one for which it is the second",
+        replace(service(HERE), load_balancer_ips=(OTHER, ADDRESS)),
+        service(HERE),
+        "node2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "node"), [row[1:] for row in SHARED], ids=[row[0] for row in SHARED])
+def test_an_address_that_services_share_has_one_owner(one, other, node):
+    services = replace(one, name="one"), replace(other, name="other")
+    nodes = [1, 2, 3]
+    states = {f"node{me}": state(*services, me=me, peers=tuple(n for n in nodes if n != me)) for me in nodes}
+    assert [name for name, each in states.items() if ADDRESS in announced(each)] == [node]
+    assert {owner(ADDRESS, each) for each in states.values()} == {node}
+
+
+def test_the_nodes_own_address_is_announced_only_on_an_uplink_of_our_own():
+    at_the_node = service(HERE, ip=NODE)
+    assert announced(state(at_the_node, peers=())) == frozenset()
+    assert announced(state(at_the_node, peers=(), shared=False)) == {NODE}
+    assert announced(state(shared=False)) == {NODE}
+
+
+@pytest.mark.parametrize("uplink", [None, Uplink("eth0", mode="udp", shared=False)])
+def test_without_a_packet_socket_nothing_is_announced(uplink):
+    assert announced(replace(state(service(HERE), peers=()), uplink=uplink)) == frozenset()
