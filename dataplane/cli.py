@@ -14,6 +14,7 @@ import click
 
 from dataplane import __version__
 from dataplane.cli_base import PATH, ask, count, fail, output_option, report, socket_option
+from dataplane.cli_cluster import cluster
 from dataplane.cli_edit import conntrack, endpoint, service
 from dataplane.cli_show import show, show_snapshot
 
@@ -149,6 +150,7 @@ cli.add_command(show)
 cli.add_command(service)
 cli.add_command(endpoint)
 cli.add_command(conntrack)
+cli.add_command(cluster)
 
 
 # --- failing ---------------------------------------------------------------------------------------------------------

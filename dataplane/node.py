@@ -150,6 +150,8 @@ class Node:
 
     def snapshot(self, kind: Kind) -> Mapping[str, Any]:
         """Return the snapshot of this kind."""
+        if kind == "cluster" and self.source is not None:
+            return self.source.status()
         return self.report.snapshot(kind)
 
     def listing(self, kind: ListKind, query: Query) -> Listing:
@@ -168,7 +170,7 @@ class Node:
         """Return Prometheus' text format."""
         from dataplane.control import metrics
 
-        return metrics.text(self.report.snapshot)
+        return metrics.text(self.snapshot)
 
     async def reload(self) -> Reload:
         """Read the configuration again: apply all of it, or nothing. What the API has changed stays."""

@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from dataplane import __version__, pipeline
@@ -11,8 +12,10 @@ from dataplane.apply import Wiring
 from dataplane.batch import ERRORS_LIMITED, INJECTED_TOTAL, RECEIVED
 from dataplane.control import snapshot as shape
 from dataplane.control.api import Listing
+from dataplane.control.cluster import ClusterNode
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Kind, ListKind
+from dataplane.control.source import Health, cluster_status
 from dataplane.control.state import Settings
 from dataplane.report_flows import FlowReport
 from dataplane.report_services import ServiceReport
@@ -87,6 +90,18 @@ class Report:
             "peers": len(state.peers),
             "routes": len(self._tables.routes),
         }
+
+    def cluster(self) -> shape.ClusterStatus:
+        """This node and the peers of its file: what is known of a cluster without a store."""
+        state = self._wiring.state or self.settings.state
+        own = ClusterNode(state.node.name, state.node.addresses, state.pod_network.cidrs, zone=state.node.zone)
+        peers = (
+            ClusterNode(peer.name, (peer.address,), peer.pod_cidrs, zone=peer.zone, alive=peer.name not in state.silent)
+            for peer in state.peers
+        )
+        nodes = (replace(own, since=self._since), *peers)
+        where = str(self.settings.path or "built-in")
+        return cluster_status("static", where, Health(connected=True, changed=self._since), own.name, nodes)
 
     def interfaces(self) -> shape.Interfaces:
         """The devices, by index."""

@@ -15,35 +15,9 @@ from dataplane.control import api, metrics
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Kind, ListKind, Reload
 from dataplane.verdict import Reason
+from tests.fake_rows import CLUSTER, interface, route
 
 COUNTS = {Reason.ROUTE_NONE: 3, Reason.IP_TTL: 12, Reason.ARP_ANSWERED: 2, Reason.NEIGH_RESOLVE: 1}
-
-
-def interface(index: int, name: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "index": index,
-        "name": name,
-        "role": "pod",
-        "driver": "tap",
-        "state": "up",
-        "mtu": 1450,
-        "mac": "ee:ee:ee:ee:ee:ee",
-        "peer_mac": "02:00:0a:f4:01:0a",
-        "pod": "default/web-0",
-        "rx_packets": 1000,
-        "rx_bytes": 1_500_000,
-        "rx_errors": 0,
-        "rx_dropped": 0,
-        "tx_packets": 7,
-        "tx_bytes": 420,
-        "tx_errors": 1,
-        "tx_frames": 8,
-        "error": "",
-    } | changes
-
-
-def route(prefix: str, kind: str, **changes: Any) -> dict[str, Any]:
-    return {"prefix": prefix, "kind": kind, "dev": "", "via": "", "mtu": 0, "vtep": "", "origin": ""} | changes
 
 
 def service(address: str, port: int, **changes: Any) -> dict[str, Any]:
@@ -256,6 +230,7 @@ def snapshots() -> dict[str, Any]:
             "peers": 1,
             "routes": 7,
         },
+        "cluster": CLUSTER,
         **_whereabouts(),
         **_counts(),
     }

@@ -397,6 +397,21 @@ def test_every_kind_has_a_table_whose_rows_fit_its_columns(kind):
     assert {len(row) for row in view.rows} == {len(view.columns)}
 
 
+def test_the_cluster_is_a_row_per_node_and_a_line_about_the_store():
+    snapshot = snapshots()["cluster"]
+    view = views.cluster(snapshot)
+    assert [(row[0], row[1], row[2], row[-2], row[-1]) for row in view.rows] == [
+        ("node1", "192.0.2.11", "10.244.1.0/26", "alive", "*"),
+        ("node2", "192.0.2.12", "10.244.2.0/26", "away", ""),
+    ]
+    assert view.rows[1][4] == "-"
+    since = view.rows[0][4]
+    assert view.notes == (f"etcd http://192.0.2.100:2379: connected since {since}, revision 1234, lag 0.0 s",)
+    away = views.cluster(snapshot | {"connected": False, "lag_s": 2.52, "error": "connection refused"})
+    assert away.notes[0].endswith(f": away since {since}, revision 1234, lag 2.5 s: connection refused")
+    assert views.cluster(snapshot | {"source": "static", "where": "node.toml"}).notes == ("static node.toml",)
+
+
 def test_only_reasons_that_were_met_are_shown_the_most_frequent_first():
     rows = views.drops(snapshots()["drops"]).rows
     assert [(row[0], row[1], row[2]) for row in rows] == [("12", "ip.ttl", "route"), ("3", "route.none", "route")]

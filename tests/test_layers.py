@@ -33,7 +33,7 @@ LAYERS = [
     {"daemon"},
     {"cli_base"},
     {"cli_show"},
-    {"cli_edit"},
+    {"cli_edit", "cli_cluster"},
     {"cli"},
     {"__main__"},
 ]

@@ -54,6 +54,15 @@ def test_services_and_flows_are_metrics_under_kube_proxys_names_where_it_has_the
     assert found["dataplane_service_open_connections", ("", "UDP", "kube-system/dns", "inactive")] == 3
 
 
+def test_the_cluster_and_its_store_are_metrics():
+    found = samples()
+    assert found["dataplane_cluster_nodes", ()] == 2
+    assert found["dataplane_cluster_nodes_alive", ()] == 1
+    assert found["dataplane_store_connected", ()] == 1
+    assert found["dataplane_store_revision", ()] == 1234
+    assert found["dataplane_store_lag_seconds", ()] == 0
+
+
 def test_every_metric_has_a_help_line():
     text = metrics.text(FakeNode().snapshot)
     names = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))

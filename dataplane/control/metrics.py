@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from dataplane.control.snapshot import (
     Arp,
     Balancing,
+    ClusterStatus,
     ConntrackStats,
     Counters,
     Drops,
@@ -52,6 +53,7 @@ class _Node(Collector):
         yield from _tables(self.snapshot("routes"), self.snapshot("arp"))
         yield from _conntrack(self.snapshot("conntrack_stats"))
         yield from _balancing(self.snapshot("balancing"))
+        yield from _cluster(self.snapshot("cluster"))
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
@@ -186,6 +188,17 @@ def _balancing(snapshot: Balancing) -> Iterator[Metric]:
         lacking.add_metric((policy,), count)
     yield lacking
     yield from _services(snapshot)
+
+
+def _cluster(snapshot: ClusterStatus) -> Iterator[Metric]:
+    alive = sum(node["alive"] for node in snapshot["nodes"])
+    yield _gauge("dataplane_cluster_nodes", "Nodes of the cluster, this one included.", len(snapshot["nodes"]))
+    yield _gauge("dataplane_cluster_nodes_alive", "Those that are members now.", alive)
+    if snapshot["source"] != "static":
+        text = "Whether the store of the cluster's state answered the last time."
+        yield _gauge("dataplane_store_connected", text, int(snapshot["connected"]))
+        yield _gauge("dataplane_store_revision", "The newest revision that the node has.", snapshot["revision"])
+        yield _gauge("dataplane_store_lag_seconds", "By how much it may be behind the store.", snapshot["lag_s"])
 
 
 def _services(snapshot: Balancing) -> Iterator[Metric]:

@@ -8,7 +8,17 @@ is "" or 0. A key may be added later, none is taken away.
 from typing import Literal, TypeAlias, TypedDict, get_args
 
 Kind: TypeAlias = Literal[
-    "status", "interfaces", "routes", "arp", "vteps", "drops", "counters", "pipeline", "conntrack_stats", "balancing"
+    "status",
+    "interfaces",
+    "routes",
+    "arp",
+    "vteps",
+    "drops",
+    "counters",
+    "pipeline",
+    "conntrack_stats",
+    "balancing",
+    "cluster",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -354,6 +364,36 @@ class Balancing(TypedDict):
     last_sync: float
     totals: list[ServiceTotals]
     left_off: int
+
+
+class ClusterMember(TypedDict):
+    """One node of the cluster. ``since`` is seconds since the epoch, 0 when unknown; ``here``: it is the one asked."""
+
+    name: str
+    address: str
+    blocks: list[str]
+    zone: str
+    since: float
+    alive: bool
+    here: bool
+
+
+class ClusterStatus(TypedDict):
+    """``GET /v1/cluster``: where the state of the cluster comes from, and who is in it, by name.
+
+    ``where`` is the address of the store, ``changed`` when ``connected`` last changed, ``error`` why it is not,
+    ``revision`` the newest that the node has and ``lag_s`` by how much that may be behind. A static node knows its
+    file's peers and has no store: ``connected`` is true and ``revision`` 0.
+    """
+
+    source: Literal["static", "etcd", "kubernetes"]
+    where: str
+    connected: bool
+    changed: float
+    error: str
+    revision: int
+    lag_s: float
+    nodes: list[ClusterMember]
 
 
 class Reload(TypedDict):

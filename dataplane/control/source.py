@@ -5,12 +5,12 @@ newest only: what comes while one is being applied is applied together. When the
 knows; the source says so, tries again, and hands out whatever has changed meanwhile.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
-from dataplane.control.cluster import Cluster
-from dataplane.control.snapshot import Reload
+from dataplane.control.cluster import Cluster, ClusterNode
+from dataplane.control.snapshot import ClusterStatus, Reload
 from dataplane.control.state import DesiredState, Settings
 
 Sink: TypeAlias = Callable[[Cluster], None]
@@ -37,6 +37,33 @@ class Health:
     changed: float = 0
     revision: int = 0
     lag: float = 0
+
+
+def cluster_status(
+    source: Literal["static", "etcd", "kubernetes"], where: str, health: Health, here: str, nodes: Iterable[ClusterNode]
+) -> ClusterStatus:
+    """Return what ``dataplane cluster status`` shows of a source, at ``where``, and its nodes."""
+    return {
+        "source": source,
+        "where": where,
+        "connected": health.connected,
+        "changed": health.changed,
+        "error": health.error,
+        "revision": health.revision,
+        "lag_s": round(health.lag, 3),
+        "nodes": [
+            {
+                "name": node.name,
+                "address": str(node.addresses[0]) if node.addresses else "",
+                "blocks": [str(cidr) for cidr in node.pod_cidrs],
+                "zone": node.zone,
+                "since": node.since,
+                "alive": node.alive,
+                "here": node.name == here,
+            }
+            for node in sorted(nodes, key=lambda node: node.name)
+        ],
+    }
 
 
 class Source(Protocol):
@@ -69,6 +96,6 @@ class Source(Protocol):
         """
         ...
 
-    def status(self) -> Mapping[str, Any]:
-        """Return what ``dataplane cluster status`` shows (``snapshot.ClusterStatus``)."""
+    def status(self) -> ClusterStatus:
+        """Return what ``dataplane cluster status`` shows; ``cluster_status`` makes it."""
         ...

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from dataplane.control.snapshot import (
     Arp,
     Balancing,
+    ClusterStatus,
     ConntrackStats,
     Counters,
     Drops,
@@ -149,7 +150,7 @@ def pipeline(snapshot: Pipeline) -> View:
 def status(snapshot: Status) -> View:
     """One row per property."""
     values = dict(snapshot)
-    values["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot["since"]))
+    values["since"] = _moment(snapshot["since"])
     rows = as_rows((name.replace("_", " "), _word(value)) for name, value in values.items())
     return View(("property", "value"), rows)
 
@@ -164,6 +165,27 @@ def balancing(snapshot: Balancing) -> View:
     values = {name: value for name, value in snapshot.items() if not isinstance(value, dict | list)}
     values |= {f"no local endpoints, {policy}": count for policy, count in snapshot["no_local_endpoints"].items()}
     return View(("number", ">value"), as_rows((name.replace("_", " "), value) for name, value in values.items()))
+
+
+def cluster(snapshot: ClusterStatus) -> View:
+    """One row per node, the one that was asked marked, and a line about the store."""
+    rows = as_rows(
+        (
+            *(node["name"], node["address"], ",".join(node["blocks"]), node["zone"]),
+            *(_moment(node["since"]), "alive" if node["alive"] else "away", "*" if node["here"] else ""),
+        )
+        for node in snapshot["nodes"]
+    )
+    line = f"{snapshot['source']} {snapshot['where']}"
+    if snapshot["source"] != "static":
+        line += f": {'connected' if snapshot['connected'] else 'away'} since {_moment(snapshot['changed'])}"
+        line += f", revision {snapshot['revision']}, lag {snapshot['lag_s']:.1f} s"
+        line += f": {snapshot['error']}" if snapshot["error"] else ""
+    return View(("node", "address", "blocks", "zone", "since", "state", "here"), rows, (line,))
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
 
 
 def _word(value: object) -> object:
@@ -188,6 +210,7 @@ VIEWS: dict[Kind, Callable[[Any], View]] = {
     "pipeline": pipeline,
     "conntrack_stats": conntrack_stats,
     "balancing": balancing,
+    "cluster": cluster,
 }
 
 

@@ -1,0 +1,38 @@
+"""Rows of the fake node's snapshots: what a device, a route and a cluster look like."""
+
+from typing import Any
+
+_NODE1 = {"name": "node1", "address": "192.0.2.11", "blocks": ["10.244.1.0/26"], "zone": "", "since": 1_700_000_000.0}
+_NODE2 = _NODE1 | {"name": "node2", "address": "192.0.2.12", "blocks": ["10.244.2.0/26"], "since": 0}
+CLUSTER = {
+    **{"source": "etcd", "where": "http://192.0.2.100:2379", "connected": True, "changed": 1_700_000_000.0},
+    **{"error": "", "revision": 1234, "lag_s": 0.0},
+    "nodes": [_NODE1 | {"alive": True, "here": True}, _NODE2 | {"alive": False, "here": False}],
+}
+
+
+def interface(index: int, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "index": index,
+        "name": name,
+        "role": "pod",
+        "driver": "tap",
+        "state": "up",
+        "mtu": 1450,
+        "mac": "ee:ee:ee:ee:ee:ee",
+        "peer_mac": "02:00:0a:f4:01:0a",
+        "pod": "default/web-0",
+        "rx_packets": 1000,
+        "rx_bytes": 1_500_000,
+        "rx_errors": 0,
+        "rx_dropped": 0,
+        "tx_packets": 7,
+        "tx_bytes": 420,
+        "tx_errors": 1,
+        "tx_frames": 8,
+        "error": "",
+    } | changes
+
+
+def route(prefix: str, kind: str, **changes: Any) -> dict[str, Any]:
+    return {"prefix": prefix, "kind": kind, "dev": "", "via": "", "mtu": 0, "vtep": "", "origin": ""} | changes
