@@ -39,7 +39,7 @@ from dataplane.control.ipam_store import (
     block_key,
     busy,
 )
-from dataplane.control.selectors import selects
+from dataplane.control.selector import matches
 from dataplane.control.state import Labels, Network
 
 
@@ -218,7 +218,7 @@ class Claims:
     def _pools(self) -> Iterator[Pool]:
         """Yield the pools that this node takes from."""
         for pool in self.rules.pools:
-            if not pool.disabled and (pool.node_selector is None or selects(pool.node_selector, self.labels)):
+            if not pool.disabled and (pool.node_selector is None or matches(pool.node_selector, self.labels)):
                 yield pool
 
     def _in_order(self, pool: Pool, everything: Sequence[Held]) -> list[Held]:

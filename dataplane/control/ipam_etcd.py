@@ -1,0 +1,237 @@
+"""The books of addresses in etcd: blocks, affinities and pools of all nodes, under the prefix of the cluster's state.
+
+One object is one node's allocator. It does one thing at a time, so that fifty pods that come at once fill a block and
+do not claim fifty. What its handles hold it remembers; after an error, when it is not known whether etcd has carried
+out the last swap, it reads the books again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dataplane.control.etcd import Compare, Delete, Etcd, EtcdError, KeyValue, Put
+from dataplane.control.etcd import Get as EtcdGet
+from dataplane.control.ipam import Block, IpamError, NoAddressError, Pool, Rules, TakenError
+from dataplane.control.ipam_engine import Allocator
+from dataplane.control.ipam_json import BookError, dump, dump_pool, load, load_pool
+from dataplane.control.ipam_store import Get, List, Operation, Result, Steps, Stored
+from dataplane.control.state import Address, Labels, Network
+
+POOLS = "ippools/"
+
+log = logging.getLogger(__name__)
+
+
+class EtcdAddresses:
+    """``Addresses`` out of blocks in etcd.
+
+    Args:
+        etcd: The cluster; it stays the caller's.
+        prefix: Of all keys, without a slash at its end.
+        node: This node's name.
+        rules: Those of the node's file. Its pools are written to etcd where that has none; else etcd's are used.
+    """
+
+    def __init__(self, etcd: Etcd, prefix: str, node: str, rules: Rules, labels: Labels = ()) -> None:
+        self._etcd = etcd
+        self._prefix = f"{prefix}/"
+        self._allocator = Allocator(node, replace(rules, pools=()), labels)
+        self._file_pools = rules.pools
+        self._pools_known = False
+        self._held: dict[str, Address] | None = None
+        self._doubtful: set[str] = set()
+        self._complained: dict[str, int] = {}
+        self._turn = asyncio.Lock()
+
+    @property
+    def rules(self) -> Rules:
+        """The rules in force, with etcd's pools."""
+        return self._allocator.rules
+
+    # --- addresses ---------------------------------------------------------------------------------------------------
+
+    async def assign(
+        self, handle: str, now: float, requested: Address | None = None, attributes: Mapping[str, str] | None = None
+    ) -> Address:
+        """Return the handle's address, a new one if it has none (``Addresses.assign``)."""
+        async with self._turn:
+            mine = (await self._known()).get(handle)
+            if mine is not None:
+                if requested not in (None, mine):
+                    raise TakenError(f"{handle} has address {mine} already (asked for {requested})")
+                self._doubtful.discard(handle)
+                return mine
+            labels = tuple(sorted((attributes or {}).items()))
+            try:
+                address = await self._take(handle, now, requested, labels)
+            except IpamError:
+                if self._held is None:  # etcd may have carried it out
+                    self._doubtful.add(handle)
+                raise
+            assert self._held is not None
+            self._held[handle] = address
+            self._doubtful.discard(handle)
+            return address
+
+    async def _take(self, handle: str, now: float, requested: Address | None, labels: Labels) -> Address:
+        """Take an address; where there is none look whether the pools have changed."""
+        await self._read_pools(only_once=True)
+        try:
+            return await self._carry_out(self._assignment(handle, now, requested, labels))
+        except NoAddressError:
+            before = self.rules
+            await self._read_pools()
+            if self.rules == before:
+                raise
+        return await self._carry_out(self._assignment(handle, now, requested, labels))
+
+    def _assignment(self, handle: str, now: float, requested: Address | None, labels: Labels) -> Steps[Address]:
+        if requested is None:
+            return self._allocator.assign(handle, now, labels)
+        return self._allocator.assign_requested(requested, handle, now, labels)
+
+    async def release(self, handle: str, now: float) -> None:
+        """Take back what the handle holds (``Addresses.release``)."""
+        async with self._turn:
+            await self._release(handle, now)
+
+    async def _release(self, handle: str, now: float) -> None:
+        address = (await self._known()).get(handle)
+        if address is not None:
+            await self._carry_out(self._allocator.release_address(address, now, handle))
+            assert self._held is not None
+            del self._held[handle]
+        self._doubtful.discard(handle)
+
+    async def held(self) -> Mapping[str, Address]:
+        """Return what is held, as the books have it now (``Addresses.held``)."""
+        async with self._turn:
+            self._held = None
+            return dict(await self._known())
+
+    async def _known(self) -> dict[str, Address]:
+        if self._held is None:
+            self._held = await self._carry_out(self._allocator.held())
+        return self._held
+
+    # --- blocks ------------------------------------------------------------------------------------------------------
+
+    async def claim_first_block(self, now: float) -> Network:
+        """Return the node's first block, whose first address is its tunnel address; claim one if it has none.
+
+        Raises:
+            IpamError: No pool has a block for this node, or etcd cannot be reached.
+        """
+        async with self._turn:
+            await self._read_pools()
+            return await self._carry_out(self._allocator.claim_first_block(now))
+
+    async def tidy(self, now: float) -> tuple[Network, ...]:
+        """Give back blocks that are not used, and addresses of which it was not known that they were given out.
+
+        Returns:
+            The blocks that were given back.
+        """
+        async with self._turn:
+            await self._read_pools()
+            for handle in tuple(self._doubtful):
+                await self._release(handle, now)
+            return await self._carry_out(self._allocator.give_back(now))
+
+    async def release_address(self, address: Address, now: float) -> str:
+        """Take back an address, whoever holds it; return the handle that it had, "" if it had none."""
+        async with self._turn:
+            allocation = await self._carry_out(self._allocator.release_address(address, now))
+            self._held = None
+            return allocation.handle if allocation else ""
+
+    async def forget(self, node: str, now: float) -> tuple[Address, ...]:
+        """Take back all that a node has which will not come back."""
+        async with self._turn:
+            addresses = await self._carry_out(self._allocator.forget(node, now))
+            self._held = None
+            return addresses
+
+    async def blocks(self) -> tuple[Block, ...]:
+        """Return all blocks of the cluster."""
+        async with self._turn:
+            entries = await self._carry_out(_listing())
+        return tuple(entry.value for entry in entries if isinstance(entry.value, Block))
+
+    # --- etcd --------------------------------------------------------------------------------------------------------
+
+    async def _read_pools(self, only_once: bool = False) -> None:
+        """Take the pools from etcd; where it has none, those of the file are written first."""
+        if only_once and self._pools_known:
+            return
+        try:
+            found = (await self._etcd.range(self._prefix + POOLS)).items
+            if not found and self._file_pools:
+                keys = {f"{self._prefix}{POOLS}{pool.name}": pool for pool in self._file_pools}
+                await self._etcd.txn(
+                    [Compare(key, "create_revision", 0) for key in keys],
+                    [Put(key, dump_pool(pool)) for key, pool in keys.items()],
+                )
+                found = (await self._etcd.range(self._prefix + POOLS)).items
+        except EtcdError as error:
+            raise IpamError(f"etcd: {error}") from None
+        pools = [pool for item in found for pool in self._pool(item)]
+        self._allocator.rules = replace(self._allocator.rules, pools=tuple(pools))
+        self._pools_known = True
+
+    def _pool(self, item: KeyValue) -> Sequence[Pool]:
+        try:
+            return [load_pool(item.key.removeprefix(self._prefix + POOLS), item.value)]
+        except BookError as error:
+            self._complain(item, error)
+            return []
+
+    async def _carry_out(self, steps: Steps[Result]) -> Result:
+        """Carry out a transaction; after an error nothing is known of what is held."""
+        answer: Any = None
+        try:
+            while True:
+                try:
+                    operation = steps.send(answer)
+                except StopIteration as done:
+                    result: Result = done.value
+                    return result
+                answer = await self._answer(operation)
+        except EtcdError as error:
+            self._held = None
+            raise IpamError(f"etcd: {error}") from None
+        except asyncio.CancelledError:
+            self._held = None
+            raise
+
+    async def _answer(self, operation: Operation) -> Any:
+        if isinstance(operation, Get):
+            txn = await self._etcd.txn([], [EtcdGet(self._prefix + key) for key in operation.keys])
+            return tuple(self._stored(item) if item else None for item in txn.responses)
+        if isinstance(operation, List):
+            found = await self._etcd.range(self._prefix + operation.prefix)
+            return tuple(self._stored(item) for item in found.items)
+        key = self._prefix + operation.key
+        write = Put(key, dump(operation.value)) if operation.value is not None else Delete(key)
+        return (await self._etcd.txn([Compare(key, "mod_revision", operation.revision)], [write])).succeeded
+
+    def _stored(self, item: KeyValue) -> Stored:
+        key = item.key.removeprefix(self._prefix)
+        try:
+            return Stored(key, load(key, item.value), item.mod_revision)
+        except BookError as error:
+            self._complain(item, error)
+            return Stored(key, None, item.mod_revision)
+
+    def _complain(self, item: KeyValue, error: BookError) -> None:
+        """Say once of each broken entry that it is left alone."""
+        if self._complained.get(item.key) != item.mod_revision:
+            self._complained[item.key] = item.mod_revision
+            log.error("ipam: left alone: %s: %s", item.key, error)
+
+
+def _listing() -> Steps[tuple[Stored, ...]]:
+    entries: tuple[Stored, ...] = yield List("blocks/")
+    return entries
