@@ -31,8 +31,12 @@ LAYERS = [
     {"follow"},
     {"attach"},
     {"daemon"},
+    {"lab_plan", "lab_serve"},
+    {"lab_machine"},
+    {"lab_look"},
+    {"lab", "lab_enter"},
     {"cli_base"},
-    {"cli_show"},
+    {"cli_show", "cli_lab"},
     {"cli_edit", "cli_cluster"},
     {"cli"},
     {"__main__"},
@@ -142,7 +146,8 @@ def test_every_folder_with_sources_is_packaged_and_the_links_point_home():
         assert (PACKAGE / name).is_symlink()
         assert (PACKAGE / name).resolve() == ROOT / name
         assert not (ROOT / name / "__init__.py").exists()
-    assert (ROOT / "examples" / "node.toml").resolve() == PACKAGE / "node.toml"
+    for name in ("node.toml", "cluster.toml"):
+        assert (ROOT / "examples" / name).resolve() == PACKAGE / name
 
 
 def test_numba_is_spoken_to_in_one_place():

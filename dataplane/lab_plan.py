@@ -1,0 +1,391 @@
+"""What a lab is made of, worked out from ``cluster.toml`` before anything is made; pure.
+
+Everything has a short name in the lab (``node2``, ``web-0``, ``client``, ``lan``); its network namespace, and a node's
+own name, are that with the lab's name before it (``lab-node2``), so that two labs never meet. On the LAN the client,
+who is the router, too, has the first address, the switch (where etcd listens) the second, and the nodes those from the
+eleventh on. The n-th node has the n-th block of the pods' range, and its pods have addresses from the tenth on.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from dataplane import config
+from dataplane.config_checks import Problem, check
+from dataplane.config_lab import MAX_NODES, LabFile, LabService, NetworkSection, PodGroup
+from dataplane.config_lines import KeyPath
+
+DEFAULT = Path(__file__).with_name("cluster.toml")
+RUN = Path("/run/dataplane/lab")
+CLIENT, LAN = "client", "lan"
+ETCD_PORT = 2379
+
+_CLIENT, _SWITCH, _NODES, _PODS = 1, 2, 10, 10  # where addresses begin in their prefixes; nodes count from 1
+# A node's keys, and the lab's that they are made from.
+_ORIGINS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("services", "serviceCIDR"): ("network", "serviceCIDR"),
+    ("services", "clusterCIDR"): ("network", "podCIDR"),
+    ("services", "static"): ("services",),
+    ("uplink", "mtu"): ("network", "mtu"),
+    ("pods", "mtu"): ("network", "mtu"),
+    ("pods",): ("network", "podCIDR"),
+    ("peers",): ("network",),
+    ("routes",): ("network", "lan"),
+    ("node",): ("network", "lan"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LabNode:
+    """A node: its short name, its address on the LAN, its block, and its file."""
+
+    name: str
+    address: str
+    block: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabPod:
+    """A pod: its short name, and the node's; ``serve`` is the port of its HTTP server, 0 without one."""
+
+    name: str
+    namespace: str
+    node: str
+    address: str
+    serve: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A lab.
+
+    Attributes:
+        state: "static" or "etcd".
+        lan: The LAN's prefix; ``client`` and ``switch`` are addresses in it.
+        services: With the keys of ``[[services.static]]``.
+        dns: The address that pods ask; "" without cluster DNS.
+        domain: Of cluster DNS.
+    """
+
+    name: str
+    state: str
+    lan: str
+    mtu: int
+    client: str
+    switch: str
+    nodes: tuple[LabNode, ...]
+    pods: tuple[LabPod, ...]
+    services: tuple[Mapping[str, Any], ...]
+    dns: str
+    domain: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are while it runs."""
+        return RUN / self.name
+
+    def netns(self, short: str) -> str:
+        """Return the namespace of what has this short name."""
+        return f"{self.name}-{short}"
+
+    def socket(self, node: str) -> Path:
+        """Return the control socket of a node."""
+        return self.folder / f"{node}.sock"
+
+    def log(self, short: str) -> Path:
+        """Return the log of a node, of a pod's server, or of etcd."""
+        return self.folder / f"{short}.log"
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The short names of everything that has a namespace."""
+        return (*(node.name for node in self.nodes), *(pod.name for pod in self.pods), CLIENT, LAN)
+
+    def to_json(self) -> str:
+        """Return the plan as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Return the plan that a text holds.
+
+        Raises:
+            ValueError: It holds none.
+        """
+        try:
+            found = json.loads(text)
+            nodes = tuple(LabNode(**node) for node in found.pop("nodes"))
+            pods = tuple(LabPod(**pod) for pod in found.pop("pods"))
+            return cls(nodes=nodes, pods=pods, services=tuple(found.pop("services")), **found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no plan of a lab: {error!r}") from None
+
+
+def load(path: Path | None = None, name: str = "") -> Plan:
+    """Read and check a file, None is the built-in example, and return the plan; ``name`` replaces the lab's.
+
+    Raises:
+        config.ConfigError: With every problem of the file.
+    """
+    file = path or DEFAULT
+    return parse(config.read(file), file, name)
+
+
+def parse(source: str, file: Path | str, name: str = "") -> Plan:
+    """Check a lab's file that is already text, and return the plan."""
+    made: list[Plan] = []
+
+    def sense(lab: LabFile, values: dict[str, Any]) -> Iterator[Problem]:
+        problems = list(_own(lab))
+        yield from problems
+        if not problems:
+            made.append(_plan(lab, values, name))
+            yield from _of_a_node(lab, values, name)
+
+    schema: config.Schema[LabFile] = config.Schema(lambda _: LabFile, lambda: LabFile)
+    config.checked(source, file, schema, sense)
+    return made[0]
+
+
+# --- what must fit together ------------------------------------------------------------------------------------------
+
+
+def _own(lab: LabFile) -> Iterator[Problem]:
+    """Yield what is wrong with the lab itself; with the rest a node is asked."""
+    network, count = lab.network, lab.cluster.nodes
+    v4 = True
+    for key, prefix in (("lan", network.lan), ("podCIDR", network.pod_cidr), ("serviceCIDR", network.service_cidr)):
+        if prefix.version == 6:
+            yield Problem(("network", key), f"IPv6 is not supported yet (got {prefix})")
+            v4 = False
+    if not v4:
+        return
+    if network.lan.num_addresses < _NODES + count + 2:
+        text = f"expected room for {count} nodes from the eleventh address on (got {network.lan})"
+        yield Problem(("network", "lan"), text, ("cluster.nodes",))
+    yield from _blocks(network, count)
+    yield from _pods(lab)
+    for index, service in enumerate(lab.services):
+        if service.selector and service.endpoints:
+            yield Problem(("services", index, "endpoints"), "has selector, too: give one of them")
+
+
+def _blocks(network: NetworkSection, count: int) -> Iterator[Problem]:
+    given = network.pod_cidr.prefixlen
+    if given > network.block_size:
+        text = f"expected a block inside podCIDR {network.pod_cidr} (got {network.block_size})"
+        yield Problem(("network", "blockSize"), text, ("network.podCIDR",))
+    elif 1 << (network.block_size - given) <= count:
+        text = f"expected room for {count} blocks of /{network.block_size} beside the first (got {network.pod_cidr})"
+        yield Problem(("network", "podCIDR"), text, ("network.blockSize", "cluster.nodes"))
+
+
+def _pods(lab: LabFile) -> Iterator[Problem]:
+    room = (1 << (32 - lab.network.block_size)) - _PODS - 1
+    for index, group in enumerate(lab.pods):
+        if bool(group.count) == bool(group.per_node):
+            yield Problem(("pods", index), "expected count or perNode", ("pods.count", "pods.perNode"))
+    names = {f"node{number}" for number in range(1, MAX_NODES + 1)} | {CLIENT, LAN}
+    on: Counter[int] = Counter()
+    twice: set[int] = set()
+    for index, name, _, number in _dealt(lab):
+        on[number] += 1
+        if name in names and index not in twice:
+            yield Problem(("pods", index, "name"), f"used twice: {name}")
+            twice.add(index)
+        if on[number] == room + 1:
+            text = f"more pods on node{number} than the {room} that a block of /{lab.network.block_size} has room for"
+            yield Problem(("pods", index), text, ("network.blockSize", "cluster.nodes"))
+        names.add(name)
+
+
+def _of_a_node(lab: LabFile, values: dict[str, Any], name: str) -> Iterator[Problem]:
+    """Yield what the first node's file would be refused for, at the keys that it is made from."""
+    node = _node_values(lab, values, name or lab.cluster.name, 1)
+    node["services"]["static"] = _services(lab, values, name or lab.cluster.name)
+    file, problems = config.shape(node)
+    assert file is not None, problems  # the lab's models are the node's
+    for problem in (*problems, *check(file, node)):
+        yield Problem(_origin(problem.path), problem.text, tuple(map(_used, problem.uses)))
+
+
+def _origin(path: KeyPath) -> KeyPath:
+    for ours, theirs in _ORIGINS.items():
+        if path[: len(ours)] == ours:
+            return (*theirs, *path[len(ours) :])
+    return path
+
+
+def _used(key: str) -> str:
+    for ours, theirs in _ORIGINS.items():
+        if key.startswith(".".join(ours)):
+            return key.replace(".".join(ours), ".".join(theirs), 1)
+    return key
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _plan(lab: LabFile, values: dict[str, Any], given: str) -> Plan:
+    name = given or lab.cluster.name
+    numbers = range(1, lab.cluster.nodes + 1)
+    return Plan(
+        name=name,
+        state=lab.cluster.state,
+        lan=str(lab.network.lan),
+        mtu=lab.network.mtu,
+        client=str(lab.network.lan[_CLIENT]),
+        switch=str(lab.network.lan[_SWITCH]),
+        nodes=tuple(
+            LabNode(f"node{n}", _address(lab, n), str(_block(lab, n)), toml(_node_values(lab, values, name, n)))
+            for n in numbers
+        ),
+        pods=tuple(pod for _, pod in _pods_of(lab)),
+        services=tuple(_services(lab, values, name)),
+        dns=str(lab.dns.cluster_ip) if lab.dns else "",
+        domain=lab.dns.cluster_domain if lab.dns else "",
+    )
+
+
+def _dealt(lab: LabFile) -> Iterator[tuple[int, str, PodGroup, int]]:
+    """Yield each pod: the index of its group, its name, its group and the number of its node."""
+    for index, group in enumerate(lab.pods):
+        for number in range(group.count or group.per_node * lab.cluster.nodes):
+            yield index, f"{group.name}-{number}", group, number % lab.cluster.nodes + 1
+
+
+def _pods_of(lab: LabFile) -> Iterator[tuple[PodGroup, LabPod]]:
+    on: Counter[int] = Counter()
+    for _, name, group, number in _dealt(lab):
+        address = _block(lab, number)[_PODS + on[number]]
+        on[number] += 1
+        yield group, LabPod(name, group.namespace, f"node{number}", str(address), group.serve or 0)
+
+
+def _address(lab: LabFile, number: int) -> str:
+    return str(lab.network.lan[_NODES + number])
+
+
+def _block(lab: LabFile, number: int) -> IPv4Network:
+    cidr = lab.network.pod_cidr
+    assert isinstance(cidr, IPv4Network)  # the checks refuse another
+    return IPv4Network((int(cidr.network_address) + (number << 32 - lab.network.block_size), lab.network.block_size))
+
+
+def _services(lab: LabFile, values: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the services with the endpoints that their selectors find."""
+    found = []
+    for service, given in zip(lab.services, values.get("services", ()), strict=True):
+        keys = {key: value for key, value in given.items() if key != "selector"}
+        if service.selector:
+            keys["endpoints"] = [
+                {"ip": pod.address, "node": f"{name}-{pod.node}", "hostname": pod.name}
+                for group, pod in _pods_of(lab)
+                if _selects(service, group)
+            ]
+        found.append(keys)
+    return found
+
+
+def _selects(service: LabService, group: PodGroup) -> bool:
+    return service.namespace == group.namespace and service.selector.items() <= group.labels.items()
+
+
+def _node_values(lab: LabFile, values: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+    """Return the file of the n-th node."""
+    network, pick = lab.network, partial(_subset, values)
+    made: dict[str, Any] = {
+        "apiVersion": "dataplane/v1",
+        "kind": "Node",
+        "node": {"name": f"{name}-node{number}", "addresses": [_address(lab, number)]},
+        "uplink": {"interface": "eth0", "mtu": network.mtu},
+        "vxlan": values.get("vxlan", {}),
+        "pods": {
+            "cidr": [str(_block(lab, number))],
+            "natOutgoing": True,
+            "static": [
+                {
+                    "name": pod.name,
+                    "namespace": pod.namespace,
+                    "netns": f"{name}-{pod.name}",
+                    "ip": [pod.address],
+                    "labels": dict(group.labels),
+                }
+                for group, pod in _pods_of(lab)
+                if pod.node == f"node{number}"
+            ],
+        },
+        "routes": [{"dst": "0.0.0.0/0", "via": str(network.lan[_CLIENT])}],
+        "services": {"clusterCIDR": [str(network.pod_cidr)], "serviceCIDR": [str(network.service_cidr)]},
+        "api": {"socket": str(RUN / name / f"node{number}.sock")},
+        **pick("loadBalancer", "dns"),
+    }
+    if lab.cluster.state == "etcd":
+        url = f"http://{network.lan[_SWITCH]}:{ETCD_PORT}"
+        return made | {"state": {"source": "etcd", "etcd": {"endpoints": [url]}}}
+    made["services"]["static"] = _services(lab, values, name)
+    others = (n for n in range(1, lab.cluster.nodes + 1) if n != number)
+    peers = [{"name": f"{name}-node{n}", "address": _address(lab, n), "podCIDR": [str(_block(lab, n))]} for n in others]
+    return made | {"peers": peers}
+
+
+def _subset(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: values[key] for key in keys if key in values}
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def toml(values: Mapping[str, Any]) -> str:
+    """Return values as a TOML file: tables and arrays of tables two deep with headers, what is deeper in one line."""
+    lines = [f"{key} = {_inline(value)}" for key, value in values.items() if not _is_table(value)]
+    for key, value in values.items():
+        lines += _section(key, value) if _is_table(value) else ()
+    return "\n".join([*lines, ""])
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or _is_tables(value)
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
+
+
+def _section(name: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        for each in value:
+            yield f"\n[[{name}]]"
+            yield from _pairs(each, lambda _: True)
+        return
+    yield f"\n[{name}]"
+    yield from _pairs(value, lambda inner: not _is_tables(inner))
+    for key, inner in value.items():
+        if _is_tables(inner):
+            yield from _section(f"{name}.{key}", inner)
+
+
+def _pairs(value: Mapping[str, Any], wanted: Callable[[Any], bool]) -> Iterator[str]:
+    return (f"{_key(key)} = {_inline(inner)}" for key, inner in value.items() if wanted(inner))
+
+
+def _key(key: str) -> str:
+    return (
+        key
+        if key.replace("-", "").replace("_", "").isalnum() and key.isascii()
+        else json.dumps(key, ensure_ascii=False)
+    )
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {_inline(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
