@@ -153,7 +153,8 @@ def _type(given: StaticService, at: KeyPath) -> Iterator[Problem]:
     if not given.ports:
         yield Problem((*at, "ports"), "missing; expected at least one port", (f"{_SECTION}.ports",))
     addresses = [*given.cluster_ips, *given.external_ips, *given.load_balancer_ips]
-    if not addresses and not any(port.node_port for port in given.ports):
+    waits = given.type == "LoadBalancer" and not given.load_balancer_class  # for one out of a pool
+    if not addresses and not waits and not any(port.node_port for port in given.ports):
         text = 'missing; expected an address, or ["None"] for a headless service'
         yield Problem((*at, "clusterIPs"), text, (f"{_SECTION}.clusterIPs", f"{_SECTION}.ports"))
 
@@ -164,6 +165,7 @@ def _exposure(given: StaticService, at: KeyPath) -> Iterator[Problem]:
         values = {
             "loadBalancerClass": given.load_balancer_class,
             "loadBalancerIPs": given.load_balancer_ips,
+            "loadBalancerIP": given.load_balancer_ip,
             "loadBalancerSourceRanges": given.load_balancer_source_ranges,
             "healthCheckNodePort": given.health_check_node_port,
         }

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from dataplane import config, settle
 from dataplane.apply import HOST, Wiring
-from dataplane.control import claims, reconcile
+from dataplane.control import assigner, claims, reconcile
 from dataplane.control.api import Listing
 from dataplane.control.edits import AddDestination, ChangeDestination, NeedsRestart, RemoveDestination, describe
 from dataplane.control.health import HealthServer
@@ -65,6 +65,7 @@ class Node:
         self._ours = claims.of(settings.state)
         self._overlay = Overlay()
         self._amendments: list[Amendment] = []
+        self._assign = assigner.Assigner(settings.store.source, lambda: self.wiring.state)
         self.source: Source | None = None
         self.caught_up: Callable[[], Awaitable[None]] = _at_once
         self._health = HealthServer()
@@ -75,7 +76,8 @@ class Node:
 
     async def start(self) -> None:
         """Bring the node to its desired state; packets flow when this returns."""
-        state = self._amended(self.settings.state)
+        state = self._assign(self._amended(self.settings.state))
+        assigner.report(None, state)
         self._ours = claims.of(state)
         self._configure(state)
         await self.host.open(state, self._ours)  # first: on an uplink of our own the tunnel's address is there
@@ -210,7 +212,7 @@ class Node:
         old = self.wiring.state
         assert old is not None
         state = self._amended(given)
-        state = replace(state, on_link=old.on_link, services=overlay.over(state.services))
+        state = self._assign(replace(state, on_link=old.on_link, services=overlay.over(state.services)))
         edits = (*await asyncio.to_thread(reconcile.plan, old, state), *refusals)
         refused = [str(edit) for edit in edits if isinstance(edit, NeedsRestart)]
         if refused:
@@ -220,6 +222,7 @@ class Node:
         except (NamespaceError, DeviceError, TableFullError) as error:
             return _refused(str(error))
         self.settings, self._overlay = replace(self.settings, state=given), overlay
+        assigner.report(old, state)
         # An endpoint that comes or goes is the most frequent edit, and changes nothing that the kernel is told.
         if not all(isinstance(edit, AddDestination | RemoveDestination | ChangeDestination) for edit in edits):
             self._ours = await asyncio.to_thread(claims.of, state)
