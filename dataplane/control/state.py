@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from dataplane.control.ipam import Rules
 
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 Labels: TypeAlias = tuple[tuple[str, str], ...]
-
 UplinkMode: TypeAlias = Literal["af_packet", "udp"]
 VxlanMode: TypeAlias = Literal["Always", "CrossSubnet", "Never"]
 RouteType: TypeAlias = Literal["unicast", "blackhole", "unreachable"]
@@ -388,8 +390,7 @@ class DesiredState:
 
     Attributes:
         uplink: None for a node that stands alone.
-        on_link: The uplink's own prefixes. No file says them: the node reads them from the interface and puts them
-            in with ``dataclasses.replace``; CrossSubnet compares peers with them.
+        on_link: The uplink's own prefixes, as the node reads them from it; CrossSubnet compares peers with them.
         advertisements: None: every address is announced, by any node. Otherwise only what one of them lets.
         owners: Who announces which load balancer address, where a store decides that; None: each node elects them.
         silent: Nodes that do not answer heartbeats: they are not elected.
@@ -485,6 +486,7 @@ class Settings:
         socket: The control API's unix socket.
         metrics: Where ``/metrics`` listens, (host, port); None when off.
         cni: The control socket serves the CNI plugin, too.
+        ipam: How pods get addresses; None: as Calico's defaults say, from pools that the store has.
     """
 
     state: DesiredState
@@ -495,3 +497,4 @@ class Settings:
     log: Log = Log()
     store: Store = Store()
     cni: bool = False
+    ipam: "Rules | None" = None
