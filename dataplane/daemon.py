@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -27,6 +28,9 @@ from dataplane.devices.netlink import NetlinkError
 from dataplane.follow import Follower, open_source
 from dataplane.node import Node
 from dataplane.tables.result import TableFullError
+
+if TYPE_CHECKING:
+    from dataplane.attach import Attacher
 
 RUN = Path("/run/dataplane")
 FAILED, NO_PERMISSION = 1, 5
@@ -76,9 +80,12 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal) -> in
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
     source = open_source(settings)
     follower = Follower(node, source) if source is not None else None
+    attacher = _attacher(node)
     try:
         if follower is not None and not await _joined(follower, node):
             return 0
+        if attacher is not None:
+            await attacher.restore()
         await node.start()
         if follower is not None:
             follower.start()
@@ -86,9 +93,13 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal) -> in
         gc.enable()
         log.info("ready node=%s pods=%d", settings.state.node.name, len(settings.state.pods))
         notify("READY=1")
-        await _serve(node, settings, log_book)
+        if attacher is not None:
+            attacher.start()
+        await _serve(node, settings, log_book, attacher)
     finally:
         notify("STOPPING=1")
+        if attacher is not None:
+            await attacher.stop()
         if follower is not None:
             await follower.stop()
         await node.stop()
@@ -109,14 +120,28 @@ async def _joined(follower: Follower, node: Node) -> bool:
     return False
 
 
-async def _serve(node: Node, settings: Settings, log_book: journal.Journal) -> None:
+def _attacher(node: Node) -> "Attacher | None":
+    """Return what serves a container runtime, if the node is to."""
+    if not node.settings.cni:
+        return None
+    from dataplane.attach import open_attacher
+
+    return open_attacher(node, RUN)
+
+
+async def _serve(node: Node, settings: Settings, log_book: journal.Journal, attacher: "Attacher | None") -> None:
     """Offer the control API until the node is told to stop; without it the node goes on, and says so."""
     await asyncio.to_thread(importlib.import_module, "dataplane.control.handlers")  # packets flow meanwhile
     from dataplane.control import api
 
+    extensions = []
+    if attacher is not None:
+        from dataplane.control.handlers_cni import cni_routes
+
+        extensions.append(cni_routes(attacher))
     entry = log_book.record(journal.File(str(settings.socket)))
     try:
-        server = await api.start(node, settings.socket, settings.metrics)
+        server = await api.start(node, settings.socket, settings.metrics, extensions)
     except (api.ListenError, OSError) as error:
         log.error("no control api: %s", error)
         log_book.removed(entry)

@@ -22,7 +22,7 @@ LAYERS = [
     {"slowpath"},
     {"engine"},
     {"config"},
-    {"balance", "settle", "strays"},
+    {"balance", "settle", "strays", "containers"},
     {"apply", "announce"},
     {"report_flows"},
     {"report_services"},

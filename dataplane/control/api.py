@@ -8,6 +8,7 @@
     PUT    /v1/services/NAMESPACE/NAME/endpoints/IP                       add an endpoint, or change it
     DELETE /v1/services/NAMESPACE/NAME/endpoints/IP
     POST   /v1/services/NAMESPACE/NAME/endpoints/IP/drain                 no new connections; those it has go on
+    POST   /v1/cni                                                        what dataplane-cni asks (``cni.py``)
     POST   /v1/reload                                                     read the file again, all or nothing
     GET    /metrics                                                       Prometheus
 
@@ -23,7 +24,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -139,8 +140,15 @@ class Server:
             self._path.unlink()
 
 
-async def start(backend: Backend, path: Path, metrics: tuple[str, int] | None = None) -> Server:
+async def start(
+    backend: Backend,
+    path: Path,
+    metrics: tuple[str, int] | None = None,
+    extensions: Sequence[Callable[["web.Application"], None]] = (),
+) -> Server:
     """Listen on the unix socket ``path`` and, if given, on (host, port) for ``/metrics``.
+
+    Extensions add what not every node has to the application of the socket.
 
     Raises:
         ListenError: Another node listens there, or the system refuses.
@@ -152,7 +160,10 @@ async def start(backend: Backend, path: Path, metrics: tuple[str, int] | None = 
 
     listener = _listen(path)
     server = Server(path)
-    await web.SockSite(await server.add(control_app(backend)), listener).start()
+    app = control_app(backend)
+    for extend in extensions:
+        extend(app)
+    await web.SockSite(await server.add(app), listener).start()
     log.info("control api listening socket=%s", path)
     if metrics is None:
         return server
