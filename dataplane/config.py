@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from pydantic import PlainValidator, ValidationError
 from pydantic.fields import FieldInfo
@@ -25,6 +25,9 @@ from dataplane.config_lines import KeyPath, find_lines, line_of
 from dataplane.config_model import File, Section, StateSection, key_name
 from dataplane.config_types import Expect
 from dataplane.control import state as desired
+
+if TYPE_CHECKING:
+    from dataplane.control.ipam import Rules
 
 DEFAULT = Path(__file__).with_name("node.toml")
 HOST_INTERFACE = "dp0"
@@ -129,6 +132,7 @@ def _settings(file: File, path: Path | None) -> desired.Settings:
         log=desired.Log(file.log.level, file.log.format),
         store=_store(file.state),
         cni=file.api.cni,
+        ipam=_ipam(file),
     )
 
 
@@ -232,6 +236,15 @@ def _shared(
     given = file.load_balancer
     advertisements = tuple(advertisement_of(each) for each in given.l2_advertisements) or None
     return tuple(pool_of(pool) for pool in given.ip_address_pools), advertisements, dns_of(file.dns)
+
+
+def _ipam(file: File) -> "Rules | None":
+    if "ipam" not in file.model_fields_set:
+        return None
+    from dataplane.config_ipam import IpamFile, rules_of
+
+    assert isinstance(file, IpamFile)
+    return rules_of(file.ipam)
 
 
 def _store(given: StateSection) -> desired.Store:
@@ -401,6 +414,10 @@ def _model(values: dict[str, Any]) -> type[File]:
 
     if values.keys() <= _fields(ClusterFile).keys():
         return ClusterFile
+    from dataplane.config_ipam import IpamFile
+
+    if values.keys() <= _fields(IpamFile).keys():
+        return IpamFile
     from dataplane.config_later import WholeFile
 
     return WholeFile

@@ -62,6 +62,10 @@ def check(file: File, values: dict[str, Any]) -> Iterator[Problem]:
         from dataplane.config_cluster_checks import check_cluster
 
         yield from check_cluster(file)
+    if "ipam" in values:
+        from dataplane.config_ipam import check_ipam
+
+        yield from check_ipam(file)
 
 
 # --- refused for now -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ error of its shape; this module is imported for such a file only.
 
 from typing import Literal
 
-from dataplane.config_cluster import ClusterFile
+from dataplane.config_ipam import IpamFile
 from dataplane.config_model import Labels, Section
 from dataplane.config_types import Name, Port, Prefix
 from dataplane.control.state import Protocol
@@ -62,7 +62,7 @@ class NetworkPolicy(Section):
     egress: list[EgressRule] = []
 
 
-class WholeFile(ClusterFile):
+class WholeFile(IpamFile):
     """The file with every section that there will be."""
 
     network_policies: list[NetworkPolicy] = []
