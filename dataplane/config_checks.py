@@ -132,7 +132,7 @@ def _uplink(file: File) -> Iterator[Problem]:
         yield Problem(("uplink", "interface"), "missing; expected the name of the host's NIC", ("uplink",))
     if uplink.interface == file.vxlan.interface and file.vxlan.mode != "Never":
         yield Problem(("uplink", "interface"), f"is also vxlan.interface (got {uplink.interface})", ("vxlan",))
-    if not file.node.addresses:
+    if not file.node.addresses and file.state.source != "kubernetes":  # there the Node object says them
         yield Problem(("node", "addresses"), "missing; expected this node's address on the uplink", ("node",))
     if uplink.mode == "udp" and file.vxlan.mode != "Always":
         text = f'needs frames on the uplink: uplink.mode "udp" carries "Always" only (got "{file.vxlan.mode}")'
@@ -179,7 +179,7 @@ def _pod_addresses(file: File) -> Iterator[Problem]:
     cidrs = ", ".join(str(cidr) for cidr in file.pods.cidr)
     tunnels = file.uplink.mode != "none" and file.vxlan.mode != "Never"
     own = file.pods.cidr[0].network_address if tunnels and file.pods.cidr else None
-    if pods and not cidrs:
+    if pods and not cidrs and file.state.source == "static":
         yield Problem(("pods", "cidr"), "missing; expected the prefix that holds the pods' addresses", ("pods.cidr",))
     for pod, at in pods:
         if not pod.ip:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from dataplane import jit, pipeline
+from dataplane.control.source import Source, SourceError
 from dataplane.control.state import Log, Settings
 from dataplane.devices import journal
 from dataplane.devices.device import DeviceError
@@ -50,6 +51,12 @@ def run(settings: Settings) -> int:
         return FAILED
     for line in report:
         log.info("left by a dead node: %s", line)
+    try:
+        source = open_source(settings)
+    except SourceError as error:
+        log_book.close()
+        log.error("%s", error)
+        return FAILED
     node = Node(settings, log_book)
 
     def leave(*_: object) -> None:
@@ -64,7 +71,7 @@ def run(settings: Settings) -> int:
     warm_up(node)
     start = asyncio.run if settings.engine.loop == "asyncio" else uvloop.run
     try:
-        return start(_live(node, settings, log_book))
+        return start(_live(node, settings, log_book, source))
     except TableFullError as error:
         log.error("%s", error)
         return FAILED
@@ -73,12 +80,11 @@ def run(settings: Settings) -> int:
         return NO_PERMISSION if error.errno in (errno.EPERM, errno.EACCES) else FAILED
 
 
-async def _live(node: Node, settings: Settings, log_book: journal.Journal) -> int:
+async def _live(node: Node, settings: Settings, log_book: journal.Journal, source: Source | None) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, node.stopping.set)
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
-    source = open_source(settings)
     follower = Follower(node, source) if source is not None else None
     attacher = _attacher(node)
     try:

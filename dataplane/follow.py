@@ -16,10 +16,18 @@ log = logging.getLogger(__name__)
 
 
 def open_source(settings: Settings) -> Source | None:
-    """Return the source that the settings name; None for a node that needs nothing but its file."""
+    """Return the source that the settings name; None for a node that needs nothing but its file.
+
+    Raises:
+        SourceError: It can never work as the settings say.
+    """
     source = settings.store.source
     if source == "static":
         return None
+    if source == "kubernetes":
+        from dataplane.control.store_kubernetes import KubernetesSource
+
+        return KubernetesSource(settings)
     raise NotImplementedError(source)
 
 
