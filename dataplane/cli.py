@@ -15,6 +15,7 @@ import click
 from dataplane import __version__
 from dataplane.cli_base import PATH, ask, count, fail, output_option, report, socket_option
 from dataplane.cli_cluster import cluster
+from dataplane.cli_cni import cni
 from dataplane.cli_edit import conntrack, endpoint, service
 from dataplane.cli_lab import lab
 from dataplane.cli_show import show, show_snapshot
@@ -151,6 +152,7 @@ cli.add_command(show)
 cli.add_command(service)
 cli.add_command(endpoint)
 cli.add_command(conntrack)
+cli.add_command(cni)
 cli.add_command(lab)
 cli.add_command(cluster)
 
