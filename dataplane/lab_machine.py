@@ -173,6 +173,8 @@ def take_away(folder: Path) -> list[str]:
         for left in NODES.glob(f"{Path(thing.path).name}.*"):
             left.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()  # of the last lab
     return [line for line in report if line.startswith("could not")]
 
 

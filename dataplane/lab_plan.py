@@ -7,23 +7,25 @@ eleventh on. The n-th node has the n-th block of the pods' range, and its pods h
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 from dataplane import config
-from dataplane.config_checks import Problem, check
+from dataplane.config_checks import Problem, check, overlaps
 from dataplane.config_lab import MAX_NODES, LabFile, LabService, NetworkSection, PodGroup
 from dataplane.config_lines import KeyPath
+from dataplane.control.state import Network
 
 DEFAULT = Path(__file__).with_name("cluster.toml")
 RUN = Path("/run/dataplane/lab")
 CLIENT, LAN = "client", "lan"
 ETCD_PORT = 2379
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 _CLIENT, _SWITCH, _NODES, _PODS = 1, 2, 10, 10  # where addresses begin in their prefixes; nodes count from 1
 # A node's keys, and the lab's that they are made from.
@@ -145,8 +147,9 @@ def parse(source: str, file: Path | str, name: str = "") -> Plan:
         problems = list(_own(lab))
         yield from problems
         if not problems:
-            made.append(_plan(lab, values, name))
-            yield from _of_a_node(lab, values, name)
+            layout = _Layout(lab, values, name)
+            made.append(layout.plan())
+            yield from _of_a_node(layout)
 
     schema: config.Schema[LabFile] = config.Schema(lambda _: LabFile, lambda: LabFile)
     config.checked(source, file, schema, sense)
@@ -159,13 +162,12 @@ def parse(source: str, file: Path | str, name: str = "") -> Plan:
 def _own(lab: LabFile) -> Iterator[Problem]:
     """Yield what is wrong with the lab itself; with the rest a node is asked."""
     network, count = lab.network, lab.cluster.nodes
-    v4 = True
-    for key, prefix in (("lan", network.lan), ("podCIDR", network.pod_cidr), ("serviceCIDR", network.service_cidr)):
-        if prefix.version == 6:
-            yield Problem(("network", key), f"IPv6 is not supported yet (got {prefix})")
-            v4 = False
-    if not v4:
+    keys = {"lan": network.lan, "podCIDR": network.pod_cidr, "serviceCIDR": network.service_cidr}
+    ranges: list[tuple[KeyPath, Network]] = [(("network", key), prefix) for key, prefix in keys.items()]
+    if any(prefix.version == 6 for _, prefix in ranges):
+        yield from (Problem(at, f"IPv6 is not supported yet (got {got})") for at, got in ranges if got.version == 6)
         return
+    yield from overlaps(ranges)
     if network.lan.num_addresses < _NODES + count + 2:
         text = f"expected room for {count} nodes from the eleventh address on (got {network.lan})"
         yield Problem(("network", "lan"), text, ("cluster.nodes",))
@@ -205,10 +207,10 @@ def _pods(lab: LabFile) -> Iterator[Problem]:
         names.add(name)
 
 
-def _of_a_node(lab: LabFile, values: dict[str, Any], name: str) -> Iterator[Problem]:
+def _of_a_node(layout: "_Layout") -> Iterator[Problem]:
     """Yield what the first node's file would be refused for, at the keys that it is made from."""
-    node = _node_values(lab, values, name or lab.cluster.name, 1)
-    node["services"]["static"] = _services(lab, values, name or lab.cluster.name)
+    node = layout.node_values(1)
+    node["services"]["static"] = layout.services
     file, problems = config.shape(node)
     assert file is not None, problems  # the lab's models are the node's
     for problem in (*problems, *check(file, node)):
@@ -232,25 +234,96 @@ def _used(key: str) -> str:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _plan(lab: LabFile, values: dict[str, Any], given: str) -> Plan:
-    name = given or lab.cluster.name
-    numbers = range(1, lab.cluster.nodes + 1)
-    return Plan(
-        name=name,
-        state=lab.cluster.state,
-        lan=str(lab.network.lan),
-        mtu=lab.network.mtu,
-        client=str(lab.network.lan[_CLIENT]),
-        switch=str(lab.network.lan[_SWITCH]),
-        nodes=tuple(
-            LabNode(f"node{n}", _address(lab, n), str(_block(lab, n)), toml(_node_values(lab, values, name, n)))
-            for n in numbers
-        ),
-        pods=tuple(pod for _, pod in _pods_of(lab)),
-        services=tuple(_services(lab, values, name)),
-        dns=str(lab.dns.cluster_ip) if lab.dns else "",
-        domain=lab.dns.cluster_domain if lab.dns else "",
-    )
+class _Layout:
+    """The file, and what of it every node needs."""
+
+    def __init__(self, lab: LabFile, values: dict[str, Any], name: str) -> None:
+        self._lab, self._values, self._network = lab, values, lab.network
+        self.name = name or lab.cluster.name
+        self.numbers = range(1, lab.cluster.nodes + 1)
+        self.pods = list(self._pods())
+        self.services = list(self._services())
+
+    def plan(self) -> Plan:
+        """Return the plan."""
+        network, dns = self._network, self._lab.dns
+        return Plan(
+            name=self.name,
+            state=self._lab.cluster.state,
+            lan=str(network.lan),
+            mtu=network.mtu,
+            client=str(network.lan[_CLIENT]),
+            switch=str(network.lan[_SWITCH]),
+            nodes=tuple(
+                LabNode(f"node{n}", self._address(n), str(self._block(n)), toml(self.node_values(n)))
+                for n in self.numbers
+            ),
+            pods=tuple(pod for _, pod in self.pods),
+            services=tuple(self.services),
+            dns=str(dns.cluster_ip) if dns else "",
+            domain=dns.cluster_domain if dns else "",
+        )
+
+    def _address(self, number: int) -> str:
+        return str(self._network.lan[_NODES + number])
+
+    def _block(self, number: int) -> IPv4Network:
+        cidr, size = self._network.pod_cidr, self._network.block_size
+        assert isinstance(cidr, IPv4Network)  # the checks refuse another
+        return IPv4Network((int(cidr.network_address) + (number << 32 - size), size))
+
+    def _pods(self) -> Iterator[tuple[PodGroup, LabPod]]:
+        blocks = {number: self._block(number) for number in self.numbers}
+        on: Counter[int] = Counter()
+        for _, name, group, number in _dealt(self._lab):
+            address = str(blocks[number][_PODS + on[number]])
+            on[number] += 1
+            yield group, LabPod(name, group.namespace, f"node{number}", address, group.serve or 0)
+
+    def _services(self) -> Iterator[dict[str, Any]]:
+        """Yield the services with the endpoints that their selectors find."""
+        for service, given in zip(self._lab.services, self._values.get("services", ()), strict=True):
+            keys = {key: value for key, value in given.items() if key != "selector"}
+            if service.selector:
+                keys["endpoints"] = [
+                    {"ip": pod.address, "node": f"{self.name}-{pod.node}", "hostname": pod.name}
+                    for group, pod in self.pods
+                    if _selects(service, group)
+                ]
+            yield keys
+
+    def node_values(self, number: int) -> dict[str, Any]:
+        """Return the file of the n-th node."""
+        network = self._network
+        made: dict[str, Any] = {
+            "apiVersion": "dataplane/v1",
+            "kind": "Node",
+            "node": {"name": f"{self.name}-node{number}", "addresses": [self._address(number)]},
+            "uplink": {"interface": "eth0", "mtu": network.mtu},
+            "vxlan": self._values.get("vxlan", {}),
+            "pods": {
+                "cidr": [str(self._block(number))],
+                "natOutgoing": True,
+                "static": [self._pod(group, pod) for group, pod in self.pods if pod.node == f"node{number}"],
+            },
+            "routes": [{"dst": "0.0.0.0/0", "via": str(network.lan[_CLIENT])}],
+            "services": {"clusterCIDR": [str(network.pod_cidr)], "serviceCIDR": [str(network.service_cidr)]},
+            "api": {"socket": str(RUN / self.name / f"node{number}.sock")},
+            **{key: self._values[key] for key in ("loadBalancer", "dns") if key in self._values},
+        }
+        if self._lab.cluster.state == "etcd":
+            url = f"http://{network.lan[_SWITCH]}:{ETCD_PORT}"
+            return made | {"state": {"source": "etcd", "etcd": {"endpoints": [url]}}}
+        made["services"]["static"] = self.services
+        return made | {"peers": [self._peer(other) for other in self.numbers if other != number]}
+
+    def _pod(self, group: PodGroup, pod: LabPod) -> dict[str, Any]:
+        named = {"name": pod.name, "namespace": pod.namespace, "netns": f"{self.name}-{pod.name}"}
+        return named | {"ip": [pod.address], "labels": dict(group.labels)}
+
+    def _peer(self, number: int) -> dict[str, Any]:
+        name, block = f"{self.name}-node{number}", str(self._block(number))
+        return {"name": name, "address": self._address(number), "podCIDR": [block]}
 
 
 def _dealt(lab: LabFile) -> Iterator[tuple[int, str, PodGroup, int]]:
@@ -260,83 +333,8 @@ def _dealt(lab: LabFile) -> Iterator[tuple[int, str, PodGroup, int]]:
             yield index, f"{group.name}-{number}", group, number % lab.cluster.nodes + 1
 
 
-def _pods_of(lab: LabFile) -> Iterator[tuple[PodGroup, LabPod]]:
-    on: Counter[int] = Counter()
-    for _, name, group, number in _dealt(lab):
-        address = _block(lab, number)[_PODS + on[number]]
-        on[number] += 1
-        yield group, LabPod(name, group.namespace, f"node{number}", str(address), group.serve or 0)
-
-
-def _address(lab: LabFile, number: int) -> str:
-    return str(lab.network.lan[_NODES + number])
-
-
-def _block(lab: LabFile, number: int) -> IPv4Network:
-    cidr = lab.network.pod_cidr
-    assert isinstance(cidr, IPv4Network)  # the checks refuse another
-    return IPv4Network((int(cidr.network_address) + (number << 32 - lab.network.block_size), lab.network.block_size))
-
-
-def _services(lab: LabFile, values: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the services with the endpoints that their selectors find."""
-    found = []
-    for service, given in zip(lab.services, values.get("services", ()), strict=True):
-        keys = {key: value for key, value in given.items() if key != "selector"}
-        if service.selector:
-            keys["endpoints"] = [
-                {"ip": pod.address, "node": f"{name}-{pod.node}", "hostname": pod.name}
-                for group, pod in _pods_of(lab)
-                if _selects(service, group)
-            ]
-        found.append(keys)
-    return found
-
-
 def _selects(service: LabService, group: PodGroup) -> bool:
     return service.namespace == group.namespace and service.selector.items() <= group.labels.items()
-
-
-def _node_values(lab: LabFile, values: dict[str, Any], name: str, number: int) -> dict[str, Any]:
-    """Return the file of the n-th node."""
-    network, pick = lab.network, partial(_subset, values)
-    made: dict[str, Any] = {
-        "apiVersion": "dataplane/v1",
-        "kind": "Node",
-        "node": {"name": f"{name}-node{number}", "addresses": [_address(lab, number)]},
-        "uplink": {"interface": "eth0", "mtu": network.mtu},
-        "vxlan": values.get("vxlan", {}),
-        "pods": {
-            "cidr": [str(_block(lab, number))],
-            "natOutgoing": True,
-            "static": [
-                {
-                    "name": pod.name,
-                    "namespace": pod.namespace,
-                    "netns": f"{name}-{pod.name}",
-                    "ip": [pod.address],
-                    "labels": dict(group.labels),
-                }
-                for group, pod in _pods_of(lab)
-                if pod.node == f"node{number}"
-            ],
-        },
-        "routes": [{"dst": "0.0.0.0/0", "via": str(network.lan[_CLIENT])}],
-        "services": {"clusterCIDR": [str(network.pod_cidr)], "serviceCIDR": [str(network.service_cidr)]},
-        "api": {"socket": str(RUN / name / f"node{number}.sock")},
-        **pick("loadBalancer", "dns"),
-    }
-    if lab.cluster.state == "etcd":
-        url = f"http://{network.lan[_SWITCH]}:{ETCD_PORT}"
-        return made | {"state": {"source": "etcd", "etcd": {"endpoints": [url]}}}
-    made["services"]["static"] = _services(lab, values, name)
-    others = (n for n in range(1, lab.cluster.nodes + 1) if n != number)
-    peers = [{"name": f"{name}-node{n}", "address": _address(lab, n), "podCIDR": [str(_block(lab, n))]} for n in others]
-    return made | {"peers": peers}
-
-
-def _subset(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: values[key] for key in keys if key in values}
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -344,9 +342,9 @@ def _subset(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def toml(values: Mapping[str, Any]) -> str:
     """Return values as a TOML file: tables and arrays of tables two deep with headers, what is deeper in one line."""
-    lines = [f"{key} = {_inline(value)}" for key, value in values.items() if not _is_table(value)]
+    lines = [f"{_key(key)} = {_inline(value)}" for key, value in values.items() if not _is_table(value)]
     for key, value in values.items():
-        lines += _section(key, value) if _is_table(value) else ()
+        lines += _section(_key(key), value) if _is_table(value) else ()
     return "\n".join([*lines, ""])
 
 
@@ -368,7 +366,7 @@ def _section(name: str, value: Any) -> Iterator[str]:
     yield from _pairs(value, lambda inner: not _is_tables(inner))
     for key, inner in value.items():
         if _is_tables(inner):
-            yield from _section(f"{name}.{key}", inner)
+            yield from _section(f"{name}.{_key(key)}", inner)
 
 
 def _pairs(value: Mapping[str, Any], wanted: Callable[[Any], bool]) -> Iterator[str]:
@@ -376,11 +374,7 @@ def _pairs(value: Mapping[str, Any], wanted: Callable[[Any], bool]) -> Iterator[
 
 
 def _key(key: str) -> str:
-    return (
-        key
-        if key.replace("-", "").replace("_", "").isalnum() and key.isascii()
-        else json.dumps(key, ensure_ascii=False)
-    )
+    return key if _BARE.fullmatch(key) else _string(key)
 
 
 def _inline(value: Any) -> str:
@@ -388,4 +382,8 @@ def _inline(value: Any) -> str:
         return "{ " + ", ".join(f"{_key(key)} = {_inline(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_inline, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return _string(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _string(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # as JSON has it, but for DEL
