@@ -36,7 +36,7 @@ _ENDPOINT: KeyPath = (*_SERVICE, "endpoints", 0)
 
 def set_service(values: Mapping[str, Any], overlay: Overlay, state: DesiredState) -> Overlay:
     """Set a service whole; without the key ``endpoints`` one that exists keeps those that it has."""
-    given = _section(values)
+    given = section(values)
     service = service_of(given)
     old = _find(service.id, state)
     if old is not None and "endpoints" not in given.model_fields_set:
@@ -89,7 +89,8 @@ def check_overlay(overlay: Overlay, state: DesiredState) -> None:
 # --- what is given, and what there is ---------------------------------------------------------------------------------
 
 
-def _section(values: Mapping[str, Any]) -> StaticService:
+def section(values: Mapping[str, Any]) -> StaticService:
+    """Return the section that one service makes, if its shape is right."""
     return _file(dict(values), _SERVICE).services.static[0]
 
 

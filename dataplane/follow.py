@@ -28,7 +28,10 @@ def open_source(settings: Settings) -> Source | None:
         from dataplane.control.store_kubernetes import KubernetesSource
 
         return KubernetesSource(settings)
-    raise NotImplementedError(source)
+    from dataplane.config_objects import FileObjects
+    from dataplane.control.store_etcd import EtcdSource
+
+    return EtcdSource(settings, FileObjects(settings.state))
 
 
 class Follower:
@@ -53,6 +56,11 @@ class Follower:
         node.source = source
         node.caught_up = self._caught_up
 
+    @property
+    def cluster(self) -> Cluster:
+        """What the store knows, as far as it is applied."""
+        return self._cluster
+
     def _over(self, state: DesiredState) -> DesiredState:
         return over(self._cluster, state)
 
@@ -61,7 +69,10 @@ class Follower:
         self._cluster = await self._source.join(self._node.settings)
 
     def start(self) -> None:
-        """Follow from now on, beside the packets."""
+        """Follow from now on, beside the packets; the node has started."""
+        assert self._node.wiring.state is not None
+        self._source.applied(self._node.settings.state, self._node.wiring.state)
+        self._node.watch(self._applied)
         self._task = asyncio.ensure_future(_forever(self._follow, "following the store failed"))
 
     async def stop(self) -> None:
@@ -88,6 +99,9 @@ class Follower:
         finally:
             handing.cancel()
             self._idle.set()
+
+    async def _applied(self, state: DesiredState) -> None:
+        self._source.applied(self._node.settings.state, state)
 
     async def _caught_up(self) -> None:
         await self._idle.wait()

@@ -35,6 +35,7 @@ from dataplane.tables.result import TableFullError
 from dataplane.underlay import Underlay
 
 Amendment: TypeAlias = Callable[[DesiredState], DesiredState]
+Watcher: TypeAlias = Callable[[DesiredState], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Node:
         self._ours = claims.of(settings.state)
         self._overlay = Overlay()
         self._amendments: list[Amendment] = []
+        self._watchers: list[Watcher] = []
         self._assign = assigner.Assigner(settings.store.source, lambda: self.wiring.state)
         self.source: Source | None = None
         self.caught_up: Callable[[], Awaitable[None]] = _at_once
@@ -102,6 +104,10 @@ class Node:
         what it depends on.
         """
         self._amendments.append(amendment)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have a function called with each state that the node has become from now on, before an edit is done."""
+        self._watchers.append(watcher)
 
     def _amended(self, state: DesiredState) -> DesiredState:
         for amendment in self._amendments:
@@ -230,6 +236,8 @@ class Node:
         if self.underlay is not None:
             self.underlay.follow(state, self._ours)
         await self._health.update(state)
+        for watcher in self._watchers:
+            await watcher(state)
         return {"applied": await asyncio.to_thread(lambda: [describe(edit) for edit in edits]), "errors": []}
 
     async def set_service(self, values: Mapping[str, Any]) -> Reload:

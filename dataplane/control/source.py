@@ -89,6 +89,10 @@ class Source(Protocol):
         """Take back what only a living node has, membership and ownership; do not wait for a store that is away."""
         ...
 
+    def applied(self, given: DesiredState, state: DesiredState) -> None:
+        """Take note of what the node has become; ``given`` is its file. Called when it has started, and ever after."""
+        ...
+
     async def edit(self, name: str, values: tuple[Any, ...], state: DesiredState) -> Reload | None:
         """Carry out an edit of the control API (``config_edit``) in the store; None: the node keeps it for itself.
 

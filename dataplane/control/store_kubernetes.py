@@ -32,6 +32,7 @@ SLICES = tuple(Resource("endpointslices", version, "discovery.k8s.io") for versi
 POOLS, ADVERTISEMENTS = (Resource(name, "v1beta1", "metallb.io") for name in ("ipaddresspools", "l2advertisements"))
 
 _LEAVE_SECONDS = 1.0
+_NOT_ASKED = "not asked yet"
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +107,10 @@ class KubernetesSource:
             waiting = self._waits_for()
             if not waiting:
                 break
-            if waiting != said:
-                log.info("joining the cluster server=%s: waiting for %s", self._access.server, waiting)
-                said = waiting
+            line = waiting if self._link.error in ("", _NOT_ASKED) else f"{waiting}: {self._link.error}"
+            if line != said:
+                log.info("joining the cluster server=%s: waiting for %s", self._access.server, line)
+                said = line
         entry = self.view.nodes.entries.get(self._name)
         own = entry.value if entry is not None and entry.value is not None else ClusterNode(self._name)
         given = settings.state
@@ -128,9 +130,8 @@ class KubernetesSource:
 
     def _waits_for(self) -> str:
         """Say what must be known before the node can start; "" when all of it is."""
-        missing = [shelf.name for shelf in self.view.shelves if not shelf.synced]
-        if missing:
-            return f"{', '.join(missing)} of the api server"
+        if not self.view.synced:
+            return "the api server's objects"
         given, entry = self._settings.state, self.view.nodes.entries.get(self._name)
         own = entry.value if entry is not None else None
         if not given.node.addresses and given.uplink is not None and not (own and own.addresses):
@@ -167,6 +168,9 @@ class KubernetesSource:
         text = f"services are kept by the api server {self._access.server}: change them with kubectl"
         return {"applied": [], "errors": [text]}
 
+    def applied(self, given: DesiredState, state: DesiredState) -> None:
+        """Nothing is written about this node: its pods are the API server's already."""
+
     def status(self) -> ClusterStatus:
         """Return what ``dataplane cluster status`` shows (`snapshot.ClusterStatus`)."""
         return cluster_status(
@@ -197,10 +201,16 @@ class KubernetesSource:
             if task.done():
                 del self._tasks[work]
                 task.result()
-        errors = [reflector.link.error for reflector in self._reflectors if not reflector.link.connected]
-        if self._link.set(next((error for error in errors if error), "not asked yet") if errors else ""):
-            if self._link.connected:
-                log.info("api server answers server=%s", self._access.server)
-            elif any(errors):
-                log.warning("api server away, the node goes on with what it knows: %s", self._link.error)
+        self._look()
         self._writer.wake()
+
+    def _look(self) -> None:
+        """Note how the connections are doing, and say when that changes."""
+        errors = [reflector.link.error for reflector in self._reflectors if not reflector.link.connected]
+        error = next(filter(None, errors), _NOT_ASKED) if errors else ""
+        connected = self._link.connected
+        self._link.set(error)
+        if connected and not self._link.connected:
+            log.warning("api server away, the node goes on with what it knows: %s", error)
+        elif self._link.connected and not connected and self._handed is not None:
+            log.info("api server answers again server=%s", self._access.server)
