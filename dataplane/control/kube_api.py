@@ -9,6 +9,7 @@ times), and a watch that outlives the time that it asked for by ten seconds is g
 
 import asyncio
 import json
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -280,6 +281,16 @@ def _parsed(body: bytes) -> Any:
 
 
 def _why(error: Exception) -> str:
+    """Return what failed, without the library's own words for it."""
+    import aiohttp
+
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return str(error.certificate_error)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        number = error.os_error.errno
+        return os.strerror(number).lower() if number else str(error.os_error)
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | ConnectionError):
+        return "the connection broke off"
     return str(error) or type(error).__name__

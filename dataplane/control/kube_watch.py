@@ -149,6 +149,11 @@ class Backoff:
         self._failures = min(self._failures + 1, 16)
         return asked + longest * (0.5 + self._random() / 2)
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last attempt failed, too."""
+        return self._failures > 0
+
     def succeeded(self) -> None:
         """Begin anew with the next failure."""
         self._failures = 0
@@ -242,8 +247,9 @@ class Reflector(Generic[T]):
                 return self._backoff.failed(asked)
             if error.status in (403, 404):
                 return self._withheld(error)
-        self.link.set(str(error))
-        self._news()
+        if self._backoff.failing:  # a watch that breaks off once is resumed, and nobody needs to know
+            self.link.set(str(error))
+            self._news()
         return self._backoff.failed(asked)
 
     def _withheld(self, error: ApiError) -> float:
