@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from dataplane import jit, pipeline
+from dataplane.control.cluster import Cluster
 from dataplane.control.source import Source, SourceError
 from dataplane.control.state import Log, Settings
 from dataplane.devices import journal
@@ -32,6 +33,7 @@ from dataplane.tables.result import TableFullError
 
 if TYPE_CHECKING:
     from dataplane.attach import Attacher
+    from dataplane.resolver import Resolver
 
 RUN = Path("/run/dataplane")
 FAILED, NO_PERMISSION = 1, 5
@@ -87,6 +89,7 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
     follower = Follower(node, source) if source is not None else None
     attacher = _attacher(node)
+    resolver = _resolver(node, follower)
     try:
         if follower is not None and not await _joined(follower, node):
             return 0
@@ -101,6 +104,8 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
         notify("READY=1")
         if attacher is not None:
             attacher.start()
+        if resolver is not None:
+            await resolver.start()
         await _serve(node, settings, log_book, attacher)
     finally:
         notify("STOPPING=1")
@@ -109,6 +114,8 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
         if follower is not None:
             await follower.stop()
         await node.stop()
+        if resolver is not None:
+            await resolver.stop()
     log.info("stopped node=%s", settings.state.node.name)
     return 0
 
@@ -133,6 +140,15 @@ def _attacher(node: Node) -> "Attacher | None":
     from dataplane.attach import open_attacher
 
     return open_attacher(node, RUN)
+
+
+def _resolver(node: Node, follower: Follower | None) -> "Resolver | None":
+    """Return what answers for the cluster's names, if the node is to; before the node starts, for its service."""
+    if node.settings.state.dns is None:
+        return None
+    from dataplane.resolver import Resolver
+
+    return Resolver(node, (lambda: follower.cluster) if follower is not None else Cluster)
 
 
 async def _serve(node: Node, settings: Settings, log_book: journal.Journal, attacher: "Attacher | None") -> None:

@@ -32,14 +32,15 @@ class Servers:
         self._aloof: dict[Server, float] = {}
         self._turn = 0
 
-    def configure(self, servers: tuple[Server, ...]) -> None:
-        """Use these from now on."""
+    def configure(self, servers: tuple[Server, ...]) -> bool:
+        """Use these from now on; say whether they are others than before."""
         if servers == self._given:
-            return
+            return False
         self._given = servers
         self._aloof = {server: until for server, until in self._aloof.items() if server in servers}
         self.failures = {server: self.failures.get(server, 0) for server in servers}
         self.asked = {server: self.asked.get(server, 0) for server in servers}
+        return True
 
     def order(self, now: float) -> list[Server]:
         """Return them in the order in which to ask them this time; ``now`` is in seconds."""

@@ -110,6 +110,7 @@ def process_keys(old: Settings, new: Settings) -> tuple[str, ...]:
         "log": (old.log, new.log),
         "state": (old.store, new.store),
         "api.cni": (old.cni, new.cni),
+        "dns.clusterIP": (old.state.dns is None, new.state.dns is None),
     }
     return tuple(key for key, (before, after) in pairs.items() if before != after)
 

@@ -201,7 +201,7 @@ Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
 ServiceType: TypeAlias = Literal["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]
 TrafficPolicy: TypeAlias = Literal["Cluster", "Local"]
 FamilyPolicy: TypeAlias = Literal["SingleStack", "PreferDualStack", "RequireDualStack"]
-Origin: TypeAlias = Literal["file", "api", "etcd", "kubernetes"]
+Origin: TypeAlias = Literal["file", "api", "etcd", "kubernetes", "node"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ class Service:
         drain_seconds: How long connections of a removed endpoint may go on; 0: until they end, as kube-proxy.
         publish_not_ready: ``publishNotReadyAddresses``: all endpoints count as ready.
         external_name: The DNS name that an ``ExternalName`` stands for.
-        origin: Who gives it: the node's file, the control API, or a store.
+        origin: Who gives it: the node's file, the control API, a store, or the node itself (cluster DNS).
         labels: Sorted pairs; selectors of load balancer pools look at them.
         annotations: Sorted pairs; of them MetalLB's (``metallb.io/...``) matter.
         load_balancer_class: ``loadBalancerClass``: with one, addresses are somebody else's business.

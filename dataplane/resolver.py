@@ -1,0 +1,293 @@
+"""Cluster DNS on this node: sockets behind ``dp0``, and the virtual server that leads pods to them.
+
+The cluster IP that pods ask, port 53, is a service like any other: conntrack and NAT bring its packets to the host's
+link, where two ordinary sockets wait, UDP and TCP. Every node answers its own pods. The sockets are bound before the
+service is there, to an address that need not be there yet and to whatever ports are free; what comes before the names
+are loaded waits in them. So the service is in the very first state, and *ready* does not wait for it.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from dataplane.control.cluster import Cluster
+from dataplane.control.dns import Forward, Responder
+from dataplane.control.dns_upstream import finish
+from dataplane.control.dns_wire import TCP_MAX
+from dataplane.control.dns_zone import Zone
+from dataplane.control.state import Address, DesiredState, Endpoint, Service, ServicePort
+from dataplane.forward import Upstreams
+from dataplane.node import Node
+
+NAMESPACE, NAME, OTHER_NAME = "kube-system", "kube-dns", "node-dns"
+PORT = 53
+
+_IP_FREEBIND = 15  # linux/in.h: the host's link may not be up yet
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+_RECEIVE_BUFFER = 4 << 20  # a query counts for 768 bytes: 5,000 of them, while names are loaded
+_QUERY_MAX = 4096
+_AT_ONCE = 64  # queries until packets have their turn again: half a millisecond
+_CONNECTIONS = 512
+_IDLE_S = 10.0  # for the next query on a connection (RFC 7766 6.2.3)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """The two sockets at one address."""
+
+    address: Address
+    udp: socket.socket
+    tcp: socket.socket
+
+    @property
+    def ports(self) -> tuple[ServicePort, ServicePort]:
+        """The service's, and where they lead to."""
+        udp, tcp = (each.getsockname()[1] for each in (self.udp, self.tcp))
+        return ServicePort(PORT, "UDP", "dns", udp), ServicePort(PORT, "TCP", "dns-tcp", tcp)
+
+    def close(self) -> None:
+        self.udp.close()
+        self.tcp.close()
+
+
+class Resolver:
+    """Answers pods' questions for as long as the node runs.
+
+    Attributes:
+        responder: Has the names, and the answers.
+        upstreams: Are asked about names of others.
+
+    Args:
+        node: Not started yet.
+        cluster: Returns what the store knows; an empty cluster without one.
+    """
+
+    def __init__(self, node: Node, cluster: Callable[[], Cluster]) -> None:
+        self.responder = Responder(Zone())
+        self.upstreams = Upstreams()
+        self._node = node
+        self._cluster = cluster
+        self._listener: _Listener | None = None
+        self._server: asyncio.Server | None = None
+        self._answering: _Listener | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._seen: tuple[Service, ...] | None = None
+        self._made: tuple[Service, ...] = ()
+        self._failed: Address | None = None
+        node.amend(self._with_service)
+
+    # --- the service -------------------------------------------------------------------------------------------------
+
+    def _with_service(self, state: DesiredState) -> DesiredState:
+        """Return the state with the virtual server that leads here.
+
+        Where the store has such a service itself, as clusters with CoreDNS do, ours takes its place.
+        """
+        address = state.host_address
+        if state.dns is None or address is None:
+            return state
+        if self._listener is None or self._listener.address != address:
+            self._listen(address)
+        if self._listener is None:
+            return state
+        endpoint = Endpoint(address, node=state.node.name)
+        own = Service(
+            _name(state, state.dns.address),
+            NAMESPACE,
+            cluster_ips=(state.dns.address,),
+            ports=self._listener.ports,
+            endpoints=(endpoint,),
+            origin="node",
+        )
+        if state.services is not self._seen or self._made[0] != own:
+            self._seen = state.services
+            self._made = (own, *(service for service in state.services if service.id != own.id))
+        return replace(state, services=self._made)
+
+    def _listen(self, address: Address) -> None:
+        """Bind new sockets; those that answer until now are closed when the state has changed (`follow`)."""
+        if self._listener is not None and self._listener is not self._answering:
+            self._listener.close()
+        if self._answering is not None and self._answering.address == address:
+            self._listener = self._answering  # what led elsewhere for a moment was refused
+            return
+        try:
+            self._listener = _bound(address)
+        except OSError as error:
+            self._listener = None
+            if address != self._failed:
+                log.error("no cluster dns: cannot listen address=%s: %s", address, error.strerror)
+            self._failed = address
+
+    # --- start and end -----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the names and answer, beside the packets."""
+        zone, state = self.responder.zone, None
+        while state is not self._node.wiring.state:
+            state = self._node.wiring.state
+            assert state is not None
+            await asyncio.to_thread(zone.update, state, self._cluster(), time.time())
+        self._node.watch(self.follow)
+        await self._settle()
+
+    async def follow(self, state: DesiredState) -> None:
+        """Take over what the node has become."""
+        if self.responder.zone.update(state, self._cluster(), time.time()):
+            self.responder.forget()
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Answer at the sockets that the state wants, and by the servers that it wants."""
+        settings = self.responder.zone.settings
+        if settings is not None:
+            self.upstreams.configure(settings.upstreams)
+        if self._listener is self._answering:
+            return
+        await self._close()
+        self._answering = self._listener
+        if self._listener is not None:
+            self._server = await asyncio.start_server(self._connected, sock=self._listener.tcp)
+            reader = partial(self._readable, self._listener.udp)
+            asyncio.get_running_loop().add_reader(self._listener.udp.fileno(), reader)
+            log.info("cluster dns listening address=%s", self._listener.address)
+
+    async def stop(self) -> None:
+        """Answer no more. Comes after the node's end: its service is gone by then."""
+        await self._close()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        self.upstreams.close()
+        tasks = (*self._tasks, *self._connections)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _close(self) -> None:
+        if self._answering is None:
+            return
+        asyncio.get_running_loop().remove_reader(self._answering.udp.fileno())
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self._answering.close()
+        self._answering = None
+
+    # --- UDP ---------------------------------------------------------------------------------------------------------
+
+    def _readable(self, udp: socket.socket) -> None:
+        """Answer what has come, as far as that needs nobody else."""
+        began, count = time.perf_counter(), 0
+        respond = self.responder.respond
+        with suppress(BlockingIOError):  # nothing left to read; or no room for an answer, which is then lost
+            while count < _AT_ONCE:
+                data, client = udp.recvfrom(_QUERY_MAX)
+                count += 1
+                reply = respond(data, "udp")
+                if isinstance(reply, bytes):
+                    with suppress(OSError):  # whoever asked may have gone
+                        udp.sendto(reply, client)
+                elif reply is not None:
+                    self._spawn(self._forward(reply, partial(_send, udp, client)))
+        if count:
+            self.responder.took((time.perf_counter() - began) / count, count)
+
+    async def _forward(self, forward: Forward, send: Callable[[bytes], None]) -> None:
+        began = time.perf_counter()
+        answer, age = await self.upstreams.ask(forward.name, forward.query.type)
+        reply = finish(forward, answer, age)
+        self.responder.forwarded(reply)
+        self.responder.took(time.perf_counter() - began)
+        send(reply)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- TCP ---------------------------------------------------------------------------------------------------------
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._connections) >= _CONNECTIONS:
+            writer.transport.abort()
+            return
+        self._connections.add(task)
+        try:
+            with suppress(OSError, EOFError):  # gone, silent for too long, or half a query
+                await self._converse(reader, writer)
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the queries of a connection, in their order; those for upstreams when they are answered."""
+        waiting: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                async with asyncio.timeout(_IDLE_S):
+                    length = int.from_bytes(await reader.readexactly(2))
+                    data = await reader.readexactly(length)
+                began = time.perf_counter()
+                reply = self.responder.respond(data, "tcp")
+                if reply is None:
+                    return
+                if isinstance(reply, bytes):
+                    self.responder.took(time.perf_counter() - began)
+                    _write(writer, reply)
+                else:
+                    task = asyncio.ensure_future(self._forward(reply, partial(_write, writer)))
+                    waiting.add(task)
+                    task.add_done_callback(waiting.discard)
+                async with asyncio.timeout(_IDLE_S):
+                    await writer.drain()
+        finally:
+            if waiting and not writer.is_closing():
+                await asyncio.wait(waiting)
+
+
+def _name(state: DesiredState, address: Address) -> str:
+    """Return the service's name: the usual one, unless the store has a service of that name at another address."""
+    for service in state.services:
+        if (service.namespace, service.name) == (NAMESPACE, NAME) and address not in service.cluster_ips:
+            return OTHER_NAME
+    return NAME
+
+
+def _bound(address: Address) -> _Listener:
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    udp, tcp = socket.socket(family, socket.SOCK_DGRAM), socket.socket(family, socket.SOCK_STREAM)
+    try:
+        for each in (udp, tcp):
+            each.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+            each.setblocking(False)
+            each.bind((str(address), 0))
+        with suppress(PermissionError):  # without CAP_NET_ADMIN the usual buffer has to do
+            udp.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+        tcp.listen(_CONNECTIONS)
+    except BaseException:
+        udp.close()
+        tcp.close()
+        raise
+    return _Listener(address, udp, tcp)
+
+
+def _send(udp: socket.socket, client: Any, reply: bytes) -> None:
+    with suppress(OSError):
+        udp.sendto(reply, client)
+
+
+def _write(writer: asyncio.StreamWriter, reply: bytes) -> None:
+    assert len(reply) <= TCP_MAX
+    writer.write(len(reply).to_bytes(2) + reply)
