@@ -284,6 +284,12 @@ def test_an_address_is_shared_with_one_that_has(other, expected):
     assert given(allocate([first, other], [ONE], {}))["b"] == without
 
 
+def test_a_port_of_udp_is_taken_for_udp():
+    udp = {"notes": SHARE, "ports": (ServicePort(53, "UDP"),)}
+    found = allocate([service("a", **udp), service("b", **udp), service("c", port=53, notes=SHARE)], [SMALL], {})
+    assert given(found) == {"a": "192.0.2.1", "b": "192.0.2.2", "c": "192.0.2.1"}
+
+
 def test_two_local_services_share_an_address_if_they_have_the_same_pods():
     one, other = (service(name, port=port, notes=SHARE, **LOCAL) for name, port in (("a", 80), ("b", 81)))
     elsewhere = replace(other, selector=(("app", "db"),))
@@ -331,7 +337,7 @@ FAMILIES = [
     ("single stack of version 6", "SingleStack", BOTH[::-1], [FOUR, DUAL], "2001:db8::2"),
     ("both of one pool", "RequireDualStack", BOTH, [FOUR, SIX, DUAL], "192.0.2.2 2001:db8::2"),
     ("both, the second family first", "RequireDualStack", BOTH[::-1], [DUAL], "2001:db8::2 192.0.2.2"),
-    ("both of one pool only", "RequireDualStack", BOTH, [FOUR, SIX], "(no IPv4 and IPv6 address is free in pools 4, 6)"),
+    ("never of two pools", "RequireDualStack", BOTH, [FOUR, SIX], "(no IPv4 and IPv6 address is free in pools 4, 6)"),
     ("both preferred: a pool with both", "PreferDualStack", BOTH, [FOUR, DUAL], "192.0.2.2 2001:db8::2"),
     ("both preferred: else the first family", "PreferDualStack", BOTH, [SIX, FOUR], "192.0.2.1"),
     ("both preferred: else the other", "PreferDualStack", BOTH, [SIX], "2001:db8::1"),
