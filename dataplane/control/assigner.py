@@ -57,8 +57,7 @@ class Assigner:
             result = self._patched(memo.result, state.services, changed)
             self._memo = replace(memo, services=state.services, result=result)
         else:
-            edited = [state.services[at].id for at in changed] if changed is not None else _edited(memo, state)
-            self._memo = self._decided(state, held, frozenset(edited))
+            self._memo = self._decided(state, held, edited(memo.services, state.services))
         memo = self._memo
         if not memo.assigned and not memo.refused and memo.result is state.services:
             return state if not state.assigned else replace(state, assigned={})
@@ -72,8 +71,8 @@ class Assigner:
         before = self._applied()
         return before.assigned if before is not None else {}
 
-    def _decided(self, state: DesiredState, held: Assignments, edited: frozenset[str]) -> _Memo:
-        outcome = self._outcome(state, held, edited)
+    def _decided(self, state: DesiredState, held: Assignments, changed: frozenset[str]) -> _Memo:
+        outcome = self._outcome(state, held, changed)
         assigned: Assignments = {}
         if self._source == "static":
             assigned = outcome.addresses
@@ -85,13 +84,13 @@ class Assigner:
             result = state.services
         return _Memo(state.services, state.pools, held, assigned, outcome.refusals, result)
 
-    def _outcome(self, state: DesiredState, held: Assignments, edited: frozenset[str]) -> Outcome:
+    def _outcome(self, state: DesiredState, held: Assignments, changed: frozenset[str]) -> Outcome:
         if self._source == "static":
-            return allocate(state.services, state.pools, held, edited)
+            return allocate(state.services, state.pools, held, changed)
         own, shared = list[Service](), list[Service]()
         for service in state.services:
             (shared if service.origin == self._source or service.load_balancer_ips else own).append(service)
-        outcome = allocate(shared, state.pools, held, edited)
+        outcome = allocate(shared, state.pools, held, changed)
         reason = f"a service of this node alone gets no address by itself while state.source is {self._source}"
         outcome.refusals.update((each.id, reason) for each in own if _takes(each, held))
         return outcome
@@ -152,10 +151,10 @@ def _differences(before: tuple[Service, ...], after: tuple[Service, ...]) -> lis
     return changed if all(before[at].id == after[at].id for at in changed) else None
 
 
-def _edited(memo: _Memo, state: DesiredState) -> list[str]:
-    """Return the services of which the allocator might think otherwise than before, where some come or go."""
-    before = {service.id: service for service in memo.services}
-    return [each.id for each in state.services if (old := before.get(each.id)) is None or _matters(old, each)]
+def edited(before: Iterable[Service], after: Iterable[Service]) -> frozenset[str]:
+    """Return the ids of services that are new, or of which the allocator might think otherwise than before."""
+    known = {service.id: service for service in before}
+    return frozenset(each.id for each in after if (old := known.get(each.id)) is None or _matters(old, each))
 
 
 def _matters(a: Service, b: Service) -> bool:

@@ -8,6 +8,7 @@
     endpoints/<namespace>/<name>/<slice> a list of endpoints, with the keys of the file
     pools/<name>                         the keys of [[loadBalancer.ipAddressPools]]
     advertisements/<name>                the keys of [[loadBalancer.l2Advertisements]]
+    addresses/<address>                  of load balancers: the services that have it (``loadbalancer_etcd``)
     owners/<address>                     leased: the node that announces it
 
 Other keys are nobody's business here. A value that is not right is skipped, with one line in the log that names its
@@ -29,6 +30,7 @@ from dataplane.control.etcd_nodes import Nodes, StoredNode
 from dataplane.control.etcd_services import Services
 from dataplane.control.ipam import Block
 from dataplane.control.ipam_json import BookError, load
+from dataplane.control.loadbalancer_etcd import holders
 from dataplane.control.services import ServerKey
 from dataplane.control.state import Address, AddressPool, DesiredState, Endpoint, L2Advertisement, Service
 
@@ -96,13 +98,18 @@ class Contents:
         self._pools: dict[str, AddressPool] = {}
         self._advertisements: dict[str, L2Advertisement] = {}
         self._owners: dict[Address, str] = {}
-        self._made = Cluster(owners=frozenset())
+        self._holders: dict[Address, tuple[str, ...]] = {}
+        self._made = Cluster(owners=frozenset(), assigned=MappingProxyType({}))
         self._dirty: set[str] = set()
 
     @property
     def last(self) -> Cluster:
         """The cluster that was made last."""
         return self._made
+
+    def revision_of(self, key: str) -> int:
+        """Return the revision that a key was written at, 0 if there is none."""
+        return self._revisions.get(key, 0)
 
     def listen(self, kind: str, listener: Listener) -> None:
         """Call a function with every key of a kind (the first word behind the prefix) that is put or deleted."""
@@ -207,6 +214,17 @@ class Contents:
         if not item.deleted:
             self._owners[address] = str(_object(item.value).get("node", ""))
 
+    def _holding(self, names: list[str], item: KeyValue) -> None:
+        address = _address(names[0])
+        self._holders.pop(address, None)
+        self._dirty.add("addresses")
+        if item.deleted:
+            return
+        try:
+            self._holders[address] = holders(_object(item.value))
+        except ValueError as error:
+            raise ObjectError(str(error)) from None
+
     # --- handing out -------------------------------------------------------------------------------------------------
 
     def cluster(self, revision: int) -> Cluster:
@@ -228,10 +246,18 @@ class Contents:
             if "advertisements" in self._dirty
             else before.advertisements,
             owners=frozenset(self._owners.items()) if "owners" in self._dirty else before.owners,
+            assigned=self._assigned() if "addresses" in self._dirty else before.assigned,
             revision=revision,
         )
         self._dirty.clear()
         return self._made
+
+    def _assigned(self) -> Mapping[str, tuple[Address, ...]]:
+        found: dict[str, tuple[Address, ...]] = {}
+        for address in sorted(self._holders, key=lambda each: each.packed):
+            for service in self._holders[address]:
+                found[service] = (*found.get(service, ()), address)
+        return MappingProxyType(found)
 
     @staticmethod
     def _sorted(values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -261,6 +287,7 @@ _TAKERS: dict[str, tuple[int, Callable[[Contents, list[str], KeyValue], None]]] 
     "pools": (1, Contents._pool),
     "advertisements": (1, Contents._advertisement),
     "owners": (1, Contents._owner),
+    "addresses": (1, Contents._holding),
 }
 
 

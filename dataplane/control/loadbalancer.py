@@ -165,6 +165,8 @@ def _keep(service: Service, held: tuple[Address, ...], pools: Sequence[AddressPo
     if request.addresses and set(request.addresses) != set(held):
         raise _RefusedError(f"asks for {_text(request.addresses)} now")
     _check_families(service, held)
+    if len({address.version for address in held}) != len(held):
+        raise _RefusedError(f"{_text(held)}: more than one of a family")
     _home(service, held, pools, request.pool)
     for address in held:
         book.check(address, service, kept=True)

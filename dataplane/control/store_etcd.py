@@ -26,6 +26,7 @@ from dataplane.control.etcd_edits import Edits
 from dataplane.control.etcd_published import Published
 from dataplane.control.ipam import IpamError, Rules
 from dataplane.control.ipam_etcd import EtcdAddresses
+from dataplane.control.loadbalancer_etcd import AddressWriter
 from dataplane.control.snapshot import ClusterStatus, Reload
 from dataplane.control.source import Health, Sink, cluster_status
 from dataplane.control.state import DesiredState, Settings
@@ -79,6 +80,8 @@ class EtcdSource:
         self._handed = asyncio.Event()
         self._link = _Link(store.endpoints, self._ttl)
         self.contents.listen("members", self._member_seen)
+        self._writer = AddressWriter(self.etcd, self.prefix, self._node, self.contents.revision_of)
+        self.contents.listen("addresses", self._writer.seen)
 
     @property
     def health(self) -> Health:
@@ -138,12 +141,14 @@ class EtcdSource:
     async def run(self, sink: Sink) -> None:
         """Hand out states of the cluster until cancelled."""
         self._sink = sink
+        self._writer.follow(self.contents.last)
         try:
             async with asyncio.TaskGroup() as loops:
                 loops.create_task(self._follow())
                 loops.create_task(self._stay_member())
                 loops.create_task(self._publish())
                 loops.create_task(self._tidy())
+                loops.create_task(self._writer.run())
         finally:
             self._sink = None
 
@@ -196,7 +201,9 @@ class EtcdSource:
         if self._sink is None or self._taking:  # half of a revision is nobody's business; it is handed out at its end
             return
         self._shown = self._revision
-        self._sink(self.contents.cluster(self._revision))
+        cluster = self.contents.cluster(self._revision)
+        self._writer.follow(cluster)
+        self._sink(cluster)
         self._handed.set()
         self._handed = asyncio.Event()
 
