@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
+from ipaddress import IPv4Address
+from socket import AF_INET, inet_pton
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +16,7 @@ from dataplane.config_cluster import ClusterFile, advertisement_of, pool_of
 from dataplane.config_lines import KeyPath
 from dataplane.config_services import Endpoint, StaticService, endpoint_of, service_of
 from dataplane.config_services_checks import Surroundings, check_endpoint, check_service, held_by
+from dataplane.config_types import OptionalName
 from dataplane.control import state as desired
 from dataplane.control.etcd_contents import ObjectError, parsed
 from dataplane.control.overlay import Overlay
@@ -22,6 +26,9 @@ from dataplane.control.state import DesiredState
 _POOLS: KeyPath = ("loadBalancer", "ipAddressPools")
 _ADVERTISEMENTS: KeyPath = ("loadBalancer", "l2Advertisements")
 _ENDPOINTS = TypeAdapter(list[Endpoint])
+_NAMES = TypeAdapter(OptionalName)
+_USUAL = [first not in (0, 127) and first < 224 for first in range(256)]  # unicast, by the first byte
+_LINK_LOCAL = 169 << 8 | 254
 _NO_SERVICE = desired.Service("any")
 
 
@@ -53,6 +60,10 @@ class FileObjects:
     def endpoints(self, text: str) -> tuple[desired.Endpoint, ...]:
         """Return a slice: a list of what ``[[services.static]]`` has as ``endpoints``."""
         values = parsed(text)
+        if isinstance(values, list):
+            simple = [_simple_endpoint(each) for each in values]
+            if None not in simple:
+                return tuple(endpoint for endpoint in simple if endpoint is not None)
         try:
             given = _ENDPOINTS.validate_python(values)
         except ValidationError:
@@ -93,6 +104,34 @@ class FileObjects:
         except ConfigError as error:
             return error.errors
         return ()
+
+
+def _simple_endpoint(values: Any) -> desired.Endpoint | None:
+    """Return an endpoint of the usual keys; None: look closer.
+
+    There may be a hundred thousand of them when a node starts: the models take ten times as long.
+    """
+    if not isinstance(values, dict) or not values.keys() <= {"ip", "node"}:
+        return None
+    node, text = values.get("node", ""), values.get("ip")
+    if not isinstance(text, str) or not isinstance(node, str) or not _is_name(node):
+        return None
+    try:
+        number = int.from_bytes(inet_pton(AF_INET, text))
+    except (OSError, ValueError):
+        return None
+    if not _USUAL[number >> 24] or number >> 16 == _LINK_LOCAL:
+        return None
+    return desired.Endpoint(IPv4Address(number), node=node)
+
+
+@lru_cache(maxsize=4096)
+def _is_name(text: str) -> bool:
+    try:
+        _NAMES.validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def _object(text: str) -> dict[str, Any]:

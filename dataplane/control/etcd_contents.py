@@ -341,7 +341,7 @@ def _number(value: Any) -> float:
 
 
 def _addresses(values: Mapping[str, Any], key: str) -> tuple[Address, ...]:
-    given = values.get(key, ())
+    given = values.get(key, [])
     if not isinstance(given, list):
         raise ObjectError(f"{key}: expected a list of addresses")
     return tuple(_address(text) for text in given)
