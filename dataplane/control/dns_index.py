@@ -49,7 +49,7 @@ class Index:
             self._remove(service)
         for service in come:
             self._add(service)
-        changed = bool(gone or come) or self._follow_pods(state, cluster)
+        changed = self._follow_pods(state, cluster) or bool(gone or come)
         if cluster.namespaces != self._namespaces:
             self._namespaces, changed = cluster.namespaces, True
         if _reverse_of(old) != _reverse_of(state):
