@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from dataplane.control.loadbalancer import SHARED, Assignments, Outcome, allocate, annotation, is_ours
+from dataplane.control.loadbalancer import SHARED, Assignments, Outcome, allocate, annotation, is_ours, without_given
 from dataplane.control.state import Address, AddressPool, DesiredState, Service
 
 SourceName: TypeAlias = Literal["static", "etcd", "kubernetes"]
@@ -86,10 +86,11 @@ class Assigner:
 
     def _outcome(self, state: DesiredState, held: Assignments, changed: frozenset[str]) -> Outcome:
         if self._source == "static":
-            return allocate(state.services, state.pools, held, changed)
+            return allocate(state.services, state.pools, without_given(held, state.services), changed)
         own, shared = list[Service](), list[Service]()
         for service in state.services:
             (shared if service.origin == self._source or service.load_balancer_ips else own).append(service)
+        held = held if self._source == "kubernetes" else without_given(held, shared)
         outcome = allocate(shared, state.pools, held, changed)
         reason = f"a service of this node alone gets no address by itself while state.source is {self._source}"
         outcome.refusals.update((each.id, reason) for each in own if _takes(each, held))

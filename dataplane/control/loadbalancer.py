@@ -95,6 +95,12 @@ def is_ours(service: Service, held: Assignments) -> bool:
     return not service.load_balancer_class and (not given or given == held.get(service.id))
 
 
+def without_given(held: Assignments, services: Iterable[Service]) -> Assignments:
+    """Return what is held, without what services that have addresses by hand held before they had those."""
+    given = {service.id for service in services if service.load_balancer_ips}
+    return {name: each for name, each in held.items() if name not in given} if given else held
+
+
 def annotation(service: Service, name: str) -> str:
     """Return one of MetalLB's annotations; "" without it."""
     if not service.annotations:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataplane.control.assigner import edited
 from dataplane.control.cluster import Cluster
 from dataplane.control.etcd import Compare, Delete, Etcd, EtcdError, KeyValue, Put
-from dataplane.control.loadbalancer import SHARED, Assignments, allocate, annotation
+from dataplane.control.loadbalancer import SHARED, Assignments, allocate, annotation, without_given
 from dataplane.control.state import Address, Service
 
 BATCH = 100  # operations of one transaction; etcd takes 128
@@ -86,7 +86,8 @@ class AddressWriter:
         if len(self._done) == len(looked_at) and all(a is b for a, b in zip(looked_at, self._done, strict=True)):
             return
         held = cluster.assigned or {}
-        outcome = allocate(cluster.services, cluster.pools, held, edited(self._before, cluster.services))
+        kept = without_given(held, cluster.services)
+        outcome = allocate(cluster.services, cluster.pools, kept, edited(self._before, cluster.services))
         operations = list(self._operations(cluster.services, outcome.addresses))
         for start in range(0, len(operations), BATCH):
             batch = operations[start : start + BATCH]
