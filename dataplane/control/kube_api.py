@@ -225,7 +225,8 @@ class _Begun:
         self._request = request
 
     async def __aenter__(self) -> "aiohttp.ClientResponse":
-        return await asyncio.wait_for(self._request.__aenter__(), ANSWER_SECONDS)
+        async with asyncio.timeout(ANSWER_SECONDS):  # wait_for may swallow a cancellation (cpython#86296)
+            return await self._request.__aenter__()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None

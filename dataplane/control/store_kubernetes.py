@@ -160,7 +160,8 @@ class KubernetesSource:
             with suppress(asyncio.CancelledError, Exception):
                 await task
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._writer.resign(), _LEAVE_SECONDS)
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                await self._writer.resign()
         await self._api.close()
 
     async def edit(self, name: str, values: tuple[Any, ...], state: DesiredState) -> Reload | None:
