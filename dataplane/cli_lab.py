@@ -75,8 +75,8 @@ def status_(output: str, name: str | None) -> None:
     found = lab_look.status(_find(name))
     if output == "json":
         print_json(found)
-    else:
-        print_table(lab_look.table(found))
+        raise click.exceptions.Exit(0 if found["ready"] else 1)
+    print_table(lab_look.table(found))
     if not found["ready"]:
         fail(f"lab {found['name']} is not whole", 1)
 

@@ -16,6 +16,7 @@ from dataplane.lab_plan import CLIENT, RUN, LabNode, LabPod, Plan
 
 PLAN, READY = "lab.json", "ready"
 _NO_LAB, _UNKNOWN = 3, 4
+_USUAL = "lab"  # the name that nobody has chosen
 
 
 def labs() -> list[str]:
@@ -188,7 +189,7 @@ def table(found: Mapping[str, Any]) -> View:
 def lines_to_try(plan: Plan, found: Mapping[str, Any], program: str) -> Iterator[str]:
     """Yield commands that show what there is, with a word for each; all of them work as they stand."""
     lab = f"{program} lab"
-    named = "" if len(labs()) == 1 else f" --name {plan.name}"
+    named = "" if labs() == [_USUAL] else f" --name {plan.name}"
     pods = {pod.name: pod for pod in plan.pods}
     near = next((pod for pod in plan.pods if not pod.serve), plan.pods[0] if pods else None)
     far = near and next((pod for pod in plan.pods if pod.node != near.node), None)

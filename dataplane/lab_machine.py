@@ -167,15 +167,23 @@ def take_away(folder: Path) -> list[str]:
     with _identities(pods) as inner, _identities(own) as outer:
         end(inner, _SERVERS_PATIENCE)
         end(outer, _NODES_PATIENCE)
-        report = [line for node in nodes for line in journal.recover(node)]
+        report = [line for node in nodes for line in _recover_node(node)]
         report += _recover(path)
-    for thing in own:
-        for left in NODES.glob(f"{Path(thing.path).name}.*"):
-            left.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         folder.parent.rmdir()  # of the last lab
     return [line for line in report if line.startswith("could not")]
+
+
+def _recover_node(path: Path) -> list[str]:
+    """Undo what a node has left, and remove the files that are named after it."""
+    try:
+        report = journal.recover(path)
+    except journal.AlreadyRunningError as error:
+        return [f"could not undo what a node has made: {error}, elsewhere"]
+    for left in path.parent.glob(f"{path.stem}.*"):
+        left.unlink(missing_ok=True)
+    return report
 
 
 def _recover(path: Path) -> list[str]:

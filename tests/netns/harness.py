@@ -11,6 +11,7 @@ Nothing sleeps: a process is waited for by the line it prints, a state of the ne
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from dataplane.devices.namespace import DIRECTORY, delete_namespace
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = Path(__file__).parent / "tools"
 RUN = Path("/run/dataplane")
+LABS = RUN / "lab"
 NUMBERS = count(1)  # of this process's networks
 OWNED = re.compile(r"dpt(\d+)-([0-9a-f]+)-\d+-")
 
@@ -366,7 +368,8 @@ class Network:
 def sweep() -> None:
     """Remove what runs that were killed have left: their processes, namespaces and files."""
     names = [*os.listdir(DIRECTORY)] if DIRECTORY.is_dir() else []
-    names += [*os.listdir(RUN)] if RUN.is_dir() else []
+    for folder in (RUN, LABS):
+        names += [*os.listdir(folder)] if folder.is_dir() else []
     for prefix in {found[0] for name in names if (found := OWNED.match(name)) and not _owner_lives(found)}:
         remove_all(prefix)
 
@@ -385,11 +388,13 @@ def remove_all(prefix: str) -> None:
         delete_namespace(path)
     for path in RUN.glob(f"{prefix}*"):
         path.unlink(missing_ok=True)
+    for path in LABS.glob(f"{prefix}*"):
+        shutil.rmtree(path)
 
 
 def left_over(prefix: str) -> list[str]:
-    """Return the namespaces and files with this prefix."""
-    return sorted(str(path) for folder in (DIRECTORY, RUN) for path in folder.glob(f"{prefix}*"))
+    """Return the namespaces, files and labs with this prefix."""
+    return sorted(str(path) for folder in (DIRECTORY, RUN, LABS) for path in folder.glob(f"{prefix}*"))
 
 
 def run(command: list[str], *, check: bool = True, timeout: float = TIMEOUT) -> str:
