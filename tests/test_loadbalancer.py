@@ -285,7 +285,7 @@ def test_an_address_is_shared_with_one_that_has(other, expected):
 
 
 def test_a_port_of_udp_is_taken_for_udp():
-    udp = {"notes": SHARE, "ports": (ServicePort(53, "UDP"),)}
+    udp: dict[str, Any] = {"notes": SHARE, "ports": (ServicePort(53, "UDP"),)}
     found = allocate([service("a", **udp), service("b", **udp), service("c", port=53, notes=SHARE)], [SMALL], {})
     assert given(found) == {"a": "192.0.2.1", "b": "192.0.2.2", "c": "192.0.2.1"}
 
