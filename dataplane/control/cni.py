@@ -133,7 +133,7 @@ def draft(
     if "prevResult" in wanted.config:
         raise CniError(INVALID_CONFIG, "prevResult: a plugin that makes the first interface cannot come second")
     namespace, name = _pod_name(wanted)
-    requested, mac = _capabilities(wanted.config)
+    requested, mac = _wishes(wanted)
     made = Attachment(
         wanted.network, wanted.container, wanted.ifname, wanted.netns, cookie, namespace, name, IPv4Address(0),
         mac or pod_mac(namespace, name),
@@ -167,30 +167,38 @@ def _pod_name(wanted: Request) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def _capabilities(config: Mapping[str, Any]) -> tuple[IPv4Address | None, int]:
-    """Return the address and the MAC that the runtime wants by ``runtimeConfig``; None and 0 when it does not care."""
-    given = config.get("runtimeConfig") or {}
+def _wishes(wanted: Request) -> tuple[IPv4Address | None, int]:
+    """Return the address and the MAC that the runtime asks for; None and 0 when it does not care.
+
+    They come by ``runtimeConfig``, for a plugin with the capabilities, or as podman has it by ``CNI_ARGS``.
+    """
+    given = wanted.config.get("runtimeConfig") or {}
     if not isinstance(given, dict):
         raise CniError(INVALID_CONFIG, f"runtimeConfig: {given!r}; expected an object")
-    ips, mac = given.get("ips") or [], given.get("mac") or ""
+    ips = given.get("ips") or [text for text in (wanted.arguments.get("IP"),) if text]
+    mac = given.get("mac") or wanted.arguments.get("MAC", "")
     if not isinstance(ips, list) or len(ips) > 1:
         raise CniError(INVALID_CONFIG, f"runtimeConfig.ips: {ips!r}; expected one address in a list")
-    if not isinstance(mac, str) or (mac and not _MAC.fullmatch(mac)):
-        raise CniError(INVALID_CONFIG, f"runtimeConfig.mac: {mac!r}; expected six bytes, 02:00:0a:f4:01:0a")
-    number = int(mac.replace(":", ""), 16) if mac else 0
-    if mac and (number >> 40 & 1 or not number):
-        raise CniError(INVALID_CONFIG, f"runtimeConfig.mac: {mac!r}; expected one station's")
-    return (_requested(ips[0]) if ips else None), number
+    return (_requested(ips[0]) if ips else None), (_station(mac) if mac else 0)
 
 
 def _requested(text: Any) -> IPv4Address:
     try:
         interface = ip_interface(text if isinstance(text, str) else "")
     except ValueError:
-        raise CniError(INVALID_CONFIG, f"runtimeConfig.ips: {text!r}; expected an address, 10.244.1.10") from None
+        raise CniError(INVALID_CONFIG, f"address {text!r}; expected one such as 10.244.1.10") from None
     if not isinstance(interface, IPv4Interface):
-        raise CniError(INVALID_CONFIG, f"runtimeConfig.ips: {text!r}; pods have IPv4 addresses only, for now")
+        raise CniError(INVALID_CONFIG, f"address {text!r}; pods have IPv4 addresses only, for now")
     return interface.ip
+
+
+def _station(text: Any) -> int:
+    if not isinstance(text, str) or not _MAC.fullmatch(text):
+        raise CniError(INVALID_CONFIG, f"MAC {text!r}; expected six bytes such as 02:00:0a:f4:01:0a")
+    number = int(text.replace(":", ""), 16)
+    if number >> 40 & 1 or not number:
+        raise CniError(INVALID_CONFIG, f"MAC {text!r}; expected one station's")
+    return number
 
 
 def pod_of(attachment: Attachment, network: PodNetwork) -> Pod:

@@ -30,10 +30,13 @@ name = "web"
 clusterIPs = ["10.96.0.20"]
 ports = [{{ port = 80, targetPort = 8080 }}]
 endpoints = [{{ ip = "10.244.1.5" }}]
+[dns]
+clusterIP = "10.96.0.10"
 [api]
 cni = true
 """
-WEB, SERVICE, GATEWAY, CIDR = "10.244.1.5", "10.96.0.20", "169.254.1.1", "10.244.1."
+WEB, SERVICE, DNS = "10.244.1.5", "10.96.0.20", "10.96.0.10"
+GATEWAY, CIDR = "169.254.1.1", "10.244.1."
 
 
 class PluginError(Exception):
@@ -80,6 +83,12 @@ class Runtime:
     def add(self, container: Namespace, name: str = "", **keys: Any) -> Any:
         """Connect the container whose namespace this is; return the result."""
         return self.call("ADD", name or container.name, container.path, **keys)
+
+    def collect(self, *kept: Namespace, **keys: Any) -> None:
+        """Let everything go but these containers."""
+        listed = [{"containerID": container.name, "ifname": "eth0"} for container in kept]
+        given: dict[str, Any] = {"cni.dev/valid-attachments": listed, **keys}
+        assert self.call("GC", **given) == {}
 
     def delete(self, container: Namespace, name: str = "", **keys: Any) -> None:
         """Disconnect it."""

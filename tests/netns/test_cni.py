@@ -41,7 +41,7 @@ def runtime(node: Node, tmp_path):
     yield made
     left = attached(node)
     if left:
-        made.call("GC", **{"cni.dev/valid-attachments": []})
+        made.collect()
     assert left == {}
     eventually(lambda: not files(node), timeout=20)
 
@@ -267,13 +267,12 @@ def test_check_finds_what_is_missing(node, runtime, container):
 def test_gc_removes_what_is_not_listed(node, runtime, container, other):
     kept = address_of(runtime.add(container))
     runtime.add(other)
-    listed = [{"containerID": container.name, "ifname": "eth0"}]
-    assert runtime.call("GC", **{"cni.dev/valid-attachments": listed, "name": "another-network"}) == {}
+    runtime.collect(container, name="another-network")
     assert len(attached(node)) == 2
-    assert runtime.call("GC", **{"cni.dev/valid-attachments": listed}) == {}
+    runtime.collect(container)
     assert list(attached(node).values()) == [kept]
     assert interfaces(other) == ["lo"]
-    assert runtime.call("GC", **{"cni.dev/valid-attachments": []}) == {}
+    runtime.collect()
     assert attached(node) == {}
 
 
