@@ -84,19 +84,21 @@ def read_answer(message: bytes, number: int, name: bytes, kind: int) -> Answer |
 def _records(message: bytes, flags: int, counts: list[int], start: int) -> Answer | None:
     at, found = start, [0, 0, 0]
     places: list[tuple[int, int]] = []
-    for section in range(3):
-        for _ in range(counts[section]):
-            end = name_end(message, at)
-            if end < 0 or end + RECORD.size > len(message):
+    sections = [section for section in range(3) for _ in range(counts[section])]
+    for section in sections:
+        end = name_end(message, at)
+        if end < 0 or end + RECORD.size > len(message):
+            return None
+        kind, _, _, length = RECORD.unpack_from(message, end)
+        if kind == Type.OPT:
+            if section < 2:
                 return None
-            kind, _, _, length = RECORD.unpack_from(message, end)
-            if kind == Type.OPT:
-                return Answer(message, flags, (found[0], found[1], found[2]), start, at, tuple(places))
-            places.append((at, end))
-            at = end + RECORD.size + length
-            if at > len(message):
-                return None
-            found[section] += 1
+            break
+        places.append((at, end))
+        at = end + RECORD.size + length
+        if at > len(message):
+            return None
+        found[section] += 1
     return Answer(message, flags, (found[0], found[1], found[2]), start, at, tuple(places))
 
 

@@ -141,8 +141,8 @@ def read_query(data: bytes) -> Query | Rejected | None:
         return _rejected(number, flags, Rcode.NOTIMP)
     if questions != 1 or answers or authorities > 1 or extras > 2:  # one authority: IXFR's SOA; two extras: OPT, TSIG
         return _rejected(number, flags, Rcode.FORMERR)
-    end = name_end(data, HEADER)
-    if end < 0 or end + 4 > len(data) or data[end - 1]:  # a pointer in the first name of all points to nothing
+    end = _whole_name_end(data, HEADER)  # a pointer in the first name of all would point to nothing
+    if end < 0 or end + 4 > len(data):
         return _rejected(number, flags, Rcode.FORMERR)
     kind, klass = QUESTION.unpack_from(data, end)
     edns = _edns(data, end + 4, authorities, extras)
@@ -180,13 +180,25 @@ def name_end(data: bytes, at: int) -> int:
 
     A pointer ends a name and is not followed.
     """
-    size, start = len(data), at
-    while at < size:
+    last = _labels_end(data, at)
+    if last >= 0 and data[last] >= 0xC0:
+        return last + 2 if last + 2 <= len(data) else -1
+    return last + 1 if last >= 0 and data[last] == 0 else -1
+
+
+def _whole_name_end(data: bytes, at: int) -> int:
+    """Return where a name without a pointer ends; -1: it has one, or no end."""
+    last = _labels_end(data, at)
+    return last + 1 if last >= 0 and data[last] == 0 else -1
+
+
+def _labels_end(data: bytes, at: int) -> int:
+    """Return where the labels of a name end: at the root, a pointer, or nonsense; -1: there are too many of them."""
+    size, most = len(data), at + NAME_MAX
+    while at < size and at < most:
         length = data[at]
-        if length == 0:
-            return at + 1 if at + 1 - start <= NAME_MAX else -1
-        if length > LABEL_MAX:
-            return at + 2 if length >= 0xC0 and at + 2 <= size else -1
+        if length == 0 or length > LABEL_MAX:
+            return at
         at += 1 + length
     return -1
 
