@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 from dataplane.control import client
 from dataplane.control.query import Query
 from dataplane.devices import journal
-from dataplane.lab_look import PLAN, READY, inside, is_ready, is_up, only, serves
+from dataplane.lab_look import PLAN, READY, inside, is_ready, is_up, only, serves, services
 from dataplane.lab_machine import JOURNAL, LabError, Machine, is_there, owner_of, start, take_away, wait_for
 from dataplane.lab_plan import ETCD_PORT, LAN, RUN, LabNode, Plan
 
 ETCD = "etcd"
 _FIRST_SECONDS = 900.0  # the first start compiles: 30 s on an idle core, minutes on a busy one
 _SECONDS = 120.0
+_POOL_SECONDS = 3.0
 _LAST_LINES = 15
 _REPORT_SECONDS = 2.0  # between lines of the compiler's progress
 
@@ -96,6 +97,14 @@ def _run(plan: Plan, say: Say) -> None:
     for node in plan.nodes:
         if not wait_for(lambda node=node: _is_complete(plan, node), _SECONDS):  # type: ignore[misc]
             raise LabError(f"{node.name} does not know of all nodes and services:\n{_last_lines(plan.log(node.name))}")
+    wait_for(lambda: not _pending(plan), _POOL_SECONDS)
+
+
+def _pending(plan: Plan) -> set[str]:
+    """Return the services that wait for an address out of a pool; there may be none left for them."""
+    balanced = {row["service"] for row in services(plan) if row["kind"] == "load-balancer-ip"}
+    asked = {f"{_namespace(each)}/{each['name']}" for each in plan.services if each.get("type") == "LoadBalancer"}
+    return asked - balanced
 
 
 def _start_nodes(plan: Plan, nodes: Sequence[LabNode], say: Say, seconds: float) -> None:
@@ -176,18 +185,24 @@ def _last_lines(path: Path, count: int = _LAST_LINES) -> str:
 
 
 def _is_complete(plan: Plan, node: LabNode) -> bool:
-    """Whether a node knows all others, and every service that has an address."""
-    wanted = {f"{_namespace(each)}/{each['name']}" for each in plan.services if _is_virtual(each)}
+    """Whether a node knows all others and every service that has ports, and has an address for it."""
     try:
         peers = client.get(plan.socket(node.name), "status")["peers"]
         rows = client.listing(plan.socket(node.name), "services", Query(limit=0))["services"]
     except client.ControlError:
         return False
-    return bool(peers == len(plan.nodes) - 1 and wanted <= {row["service"] for row in rows})
+    known = {(row["service"], row["kind"]) for row in rows}
+    wanted = {(name, kind) for each in plan.services for name, kind in _virtual(each)}
+    return bool(peers == len(plan.nodes) - 1 and wanted <= known)
 
 
-def _is_virtual(service: Mapping[str, Any]) -> bool:
-    return bool(service.get("ports")) and service.get("clusterIPs") != ["None"] and "externalName" not in service
+def _virtual(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the kinds of addresses that a service will have, beside its name."""
+    name = f"{_namespace(service)}/{service['name']}"
+    if service.get("ports") and any(address != "None" for address in service.get("clusterIPs", ())):
+        yield name, "cluster-ip"
+    if service.get("ports") and service.get("loadBalancerIPs"):
+        yield name, "load-balancer-ip"
 
 
 def _namespace(service: Mapping[str, Any]) -> str:

@@ -181,7 +181,14 @@ def table(found: Mapping[str, Any]) -> View:
         if row["kind"] != "node-port":
             what = f"{row['ready']} of {row['total']} endpoints"
             rows.append(
-                (row["service"].partition("/")[2], row["kind"], "", f"{row['address']}:{row['port']}", "", what)
+                (
+                    row["service"].partition("/")[2],
+                    row["kind"],
+                    "",
+                    f"{row['address']}:{row['port']}/{row['protocol']}",
+                    "",
+                    what,
+                )
             )
     return View(("name", "kind", "node", "address", "namespace", "state"), as_rows(rows))
 
@@ -195,7 +202,7 @@ def lines_to_try(plan: Plan, found: Mapping[str, Any], program: str) -> Iterator
     far = near and next((pod for pod in plan.pods if pod.node != near.node), None)
     by_kind: dict[str, dict[str, Any]] = {}
     for row in found["services"]:
-        if row["ready"] and row["protocol"].upper() == "TCP":
+        if row["ready"] and row["protocol"].upper() == "TCP" and row["service"] in plan.service_names:
             by_kind.setdefault(row["kind"], row)
     get = "curl -s" if shutil.which("curl") else "wget -qO-"
     if near and far:

@@ -109,6 +109,11 @@ class Plan:
         """The short names of everything that has a namespace."""
         return (*(node.name for node in self.nodes), *(pod.name for pod in self.pods), CLIENT, LAN)
 
+    @property
+    def service_names(self) -> frozenset[str]:
+        """The services of the file, as ``namespace/name``."""
+        return frozenset(f"{each.get('namespace', 'default')}/{each['name']}" for each in self.services)
+
     def to_json(self) -> str:
         """Return the plan as text."""
         return json.dumps(asdict(self))

@@ -242,7 +242,7 @@ def test_the_table_and_the_lines_name_what_there_is():
     }
     rows = table(found).rows
     assert rows[0] == ("node1", "node", "", "192.0.2.11", "lab-node1", "dead")
-    assert rows[-1][1:4] == ("load-balancer-ip", "", "192.0.2.200:8080")
+    assert rows[-1][1:4] == ("load-balancer-ip", "", "192.0.2.200:8080/tcp")
     lines = list(lines_to_try(plan, found, "dataplane"))
     assert any("exec" in line and f"{CLIENT} -- " in line and "http://192.0.2.200:8080" in line for line in lines)
     assert any("app-0 -- ping -c 3 10.244.2.10" in line for line in lines)

@@ -45,6 +45,8 @@ clusterIPs = ["10.96.0.20"]
 loadBalancerIPs = ["192.0.2.200"]
 ports = [{{ name = "http", port = 80, targetPort = 8080, nodePort = 30080 }}]
 selector = {{ app = "web" }}
+[dns]
+clusterIP = "10.96.0.10"
 """
 LAB = (sys.executable, "-m", "dataplane", "lab")
 
@@ -160,6 +162,18 @@ def test_a_service_is_reached_from_pods_and_from_outside_and_all_pods_answer(lab
     assert answers(made, "node2", "http://10.96.0.20", 9).keys() == everybody.keys()
 
 
+def test_pods_find_services_by_their_names_and_the_machine_keeps_its_own(lab):
+    made, _ = lab
+    resolver = Path("/etc/resolv.conf").read_text()
+    assert answers(made, "app-2", "http://web", 3) == {"web-0": 1, "web-1": 1, "web-2": 1}
+    assert made.exec("app-0", "getent", "hosts", "web.default").split() == [
+        "10.96.0.20",
+        "web.default.svc.cluster.local",
+    ]
+    assert made.exec("app-0", "cat", "/etc/resolv.conf").startswith("nameserver 10.96.0.10\nsearch default.svc.")
+    assert Path("/etc/resolv.conf").read_text() == resolver == made.exec("node1", "cat", "/etc/resolv.conf")
+
+
 def test_pods_reach_the_client_under_their_nodes_address(lab):
     made, _ = lab
     server = made.network.own(
@@ -200,15 +214,15 @@ def test_a_command_has_the_terminal(lab):
     name = os.ttyname(theirs)
     child = os.fork()
     if child == 0:
-        os.login_tty(theirs) if hasattr(os, "login_tty") else os.dup2(theirs, 0)
+        os.login_tty(theirs)
         command = made.command("exec", "web-0", "--", "tty")
         os.execv(command[0], command)
     os.close(theirs)
     try:
         assert os.read(ours, 100).decode().strip() == name
+        assert os.waitpid(child, 0)[1] == 0
     finally:
         os.close(ours)
-        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_log_of_a_node_is_there(lab):
