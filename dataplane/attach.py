@@ -18,6 +18,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from dataplane.addresses import open_addresses
 from dataplane.cni import (
     EXHAUSTED,
     INVALID_CONFIG,
@@ -34,8 +35,7 @@ from dataplane.containers import admit, examine, look
 from dataplane.control import cni
 from dataplane.control.cni import Attachment, Draft, Key
 from dataplane.control.ipam import IpamError, NoAddressError, TakenError
-from dataplane.control.ipam_addresses import Addresses
-from dataplane.control.ipam_static import StaticAddresses
+from dataplane.control.ipam_addresses import Books
 from dataplane.control.state import Address, DesiredState
 from dataplane.devices.journal import process
 from dataplane.devices.namespace import NamespaceError
@@ -55,15 +55,17 @@ class _Change:
 class Attacher:
     """The containers of one node.
 
+    Attributes:
+        addresses: Where theirs come from.
+
     Args:
         node: Not started yet.
-        addresses: Where theirs come from.
         path: The file that outlives the process; there is none while nothing is attached.
     """
 
-    def __init__(self, node: Node, addresses: Addresses, path: Path) -> None:
+    def __init__(self, node: Node, addresses: Books, path: Path) -> None:
         self._node = node
-        self._addresses = addresses
+        self.addresses = addresses
         self._path = path
         me = process(os.getpid())
         assert me is not None
@@ -178,7 +180,7 @@ class Attacher:
         about = {"node": node, "namespace": attachment.namespace, "pod": attachment.name}
         handle = cni.handle_of(node, attachment.key)
         try:
-            address = await self._addresses.assign(handle, time.time(), draft.requested, about)
+            address = await self.addresses.assign(handle, time.time(), draft.requested, about)
         except NoAddressError as error:
             raise CniError(EXHAUSTED, f"no address: {error}") from None
         except TakenError as error:
@@ -219,7 +221,7 @@ class Attacher:
         if not self._state.pod_network.cidrs:
             raise CniError(NOT_AVAILABLE, "the node has no addresses for pods: no pods.cidr, and no block in a store")
         try:
-            await self._addresses.held()
+            await self.addresses.held()
         except IpamError as error:
             raise CniError(NOT_AVAILABLE, f"no addresses for now: {error}") from None
         return {}
@@ -299,7 +301,7 @@ class Attacher:
 
     async def _release(self, key: Key) -> None:
         try:
-            await self._addresses.release(cni.handle_of(self._node.settings.state.node.name, key), time.time())
+            await self.addresses.release(cni.handle_of(self._node.settings.state.node.name, key), time.time())
         except IpamError as error:
             log.warning("address will be released later container=%s: %s", key[1], error)
             self._owed.add(key)
@@ -326,7 +328,7 @@ class Attacher:
     async def _sweep(self) -> bool:
         """Find what is held for containers that are not attached."""
         node = self._node.settings.state.node.name
-        for handle in await self._addresses.held():
+        for handle in await self.addresses.held():
             key = cni.key_of_handle(node, handle)
             if key is not None and key not in self._attached and key not in self._busy:
                 self._owed.add(key)
@@ -336,7 +338,7 @@ class Attacher:
         async with self._alone(key):
             if key in self._owed:  # an ADD that came first has the address now
                 node = self._node.settings.state.node.name
-                await self._addresses.release(cni.handle_of(node, key), time.time())
+                await self.addresses.release(cni.handle_of(node, key), time.time())
                 self._owed.discard(key)
                 log.info("address released container=%s", key[1])
 
@@ -366,25 +368,6 @@ def _require_apart(state: DesiredState, attached: Mapping[Key, Attachment]) -> N
         raise ConfigError(tuple(errors))
 
 
-# --- where addresses come from ---------------------------------------------------------------------------------------
-
-
-class FileAddresses(StaticAddresses):
-    """Addresses out of the blocks that the node has at the time, without those of its file's pods."""
-
-    def __init__(self, node: Node, path: Path) -> None:
-        super().__init__(path, node.settings.state)
-        self._node = node
-
-    async def assign(
-        self, handle: str, now: float, requested: Address | None = None, attributes: Mapping[str, str] | None = None
-    ) -> Address:
-        """Return the handle's address, a new one if it has none (``Addresses.assign``)."""
-        self.follow(self._node.wiring.state or self._node.settings.state)
-        return await super().assign(handle, now, requested, attributes)
-
-
 def open_attacher(node: Node, run: Path) -> Attacher:
     """Return what serves a container runtime; its files are in the folder ``run``."""
-    name = node.settings.state.node.name
-    return Attacher(node, FileAddresses(node, run / f"{name}.ipam.json"), run / f"{name}.cni.json")
+    return Attacher(node, open_addresses(node, run), run / f"{node.settings.state.node.name}.cni.json")

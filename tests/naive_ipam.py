@@ -6,6 +6,7 @@ of how a write came about; it complains about those that must not be.
 
 from dataclasses import dataclass, field
 from ipaddress import ip_network
+from typing import Any
 
 from dataplane.control.ipam import RECLAIM_SECONDS, Affinity, Block, Rules
 
@@ -21,15 +22,18 @@ class NaiveIpam:
     """
 
     rules: Rules
-    held: dict = field(default_factory=dict)
-    granted: dict = field(default_factory=dict)
-    released: dict = field(default_factory=dict)
-    owner: dict = field(default_factory=dict)
-    touched: dict = field(default_factory=dict)
+    held: dict[Any, Any] = field(default_factory=dict)
+    granted: dict[Any, Any] = field(default_factory=dict)
+    released: dict[Any, Any] = field(default_factory=dict)
+    owner: dict[Any, Any] = field(default_factory=dict)
+    touched: dict[Any, Any] = field(default_factory=dict)
     releases: int = 0
 
-    def saw(self, node, now, before, after, requested=None, forgetting=False):
-        """Look at a write by a node: ``before`` and ``after`` are blocks, or None."""
+    def saw(self, node, began, now, before, after, requested=None, forgetting=False):
+        """Look at a write by a node: ``before`` and ``after`` are blocks, or None.
+
+        What it has begun at some time may be carried out later: it writes the one, the other is the truth.
+        """
         if isinstance(before or after, Affinity):
             return
         cidr = (before or after).cidr
@@ -38,17 +42,17 @@ class NaiveIpam:
             return
         assert all(not cidr.overlaps(other) for other in self.owner if other != cidr)
         assert any(cidr.subnet_of(pool.cidr) for pool in self.rules.pools)
-        self._owned(cidr, after, node, now, forgetting)
+        self._owned(cidr, after, node, began, now, forgetting)
         was, now_held = _allocations(before), _allocations(after)
         for address in was.keys() - now_held.keys():
             assert self.held.pop(address) == was[address]
             self.releases += 1
-            self.released[address] = (now, self.releases)
-            self.touched[cidr] = now
+            self.released[address] = (began, self.releases)
+            self.touched[cidr] = began
         for address in now_held.keys() & was.keys():
             assert now_held[address] == was[address], "an address went from one holder to another without a release"
         for address in now_held.keys() - was.keys():
-            self._taken(address, now_held[address], cidr, node, now, requested)
+            self._taken(address, now_held[address], cidr, node, (began, now), requested)
 
     def _deleted(self, cidr, node, now, forgetting):
         assert self.owner[cidr] in (node, "") or forgetting
@@ -59,7 +63,7 @@ class NaiveIpam:
         assert forgetting or now - self.touched[cidr] >= RECLAIM_SECONDS
         del self.owner[cidr], self.touched[cidr]
 
-    def _owned(self, cidr, after, node, now, forgetting):
+    def _owned(self, cidr, after, node, began, now, forgetting):
         former = self.owner.get(cidr)
         if former == after.affinity:
             return
@@ -70,12 +74,13 @@ class NaiveIpam:
             if former:
                 assert all(address not in self.held and self._cool(address, now) for address in cidr)
                 assert now - self.touched[cidr] >= RECLAIM_SECONDS, "a block was taken that had just been used"
-            self.touched[cidr] = now
+            self.touched[cidr] = began
         self.owner[cidr] = after.affinity
         own = sum(owner == node for owner in self.owner.values())
         assert own <= self.rules.max_blocks, f"{node} has {own} blocks"
 
-    def _taken(self, address, holder, cidr, node, now, requested):
+    def _taken(self, address, holder, cidr, node, times, requested):
+        began, now = times
         assert holder[1] == node
         assert address not in self.held, "given twice"
         assert all(handle != holder[0] for handle, _ in self.held.values()), "a handle has two addresses"
@@ -85,7 +90,7 @@ class NaiveIpam:
             assert not self.rules.strict_affinity, "borrowed"
         if address != requested and not holder[0].startswith("vxlan-"):
             for other in cidr:
-                assert not self._earlier(other, address, now), f"{address} was given out before {other}"
+                assert not self._earlier(other, address, began), f"{address} was given out before {other}"
         self.held[address] = holder
         self.granted[holder[0]] = address
 

@@ -38,13 +38,13 @@ class Races(RuleBasedStateMachine):
         early=st.sets(nodes),
     )
     def begin(self, size, strict, cooldown, blocks, reserved, early):
-        self.rules = Rules((Pool("default", POOL, size),), tuple(map(ip_network, reserved)), strict, blocks, cooldown)
+        self.given = Rules((Pool("default", POOL, size),), tuple(map(ip_network, reserved)), strict, blocks, cooldown)
         self.store = MemoryStore()
-        self.oracle = NaiveIpam(self.rules)
+        self.oracle = NaiveIpam(self.given)
         self.now = 1000.0
         self.running = {}
         self.handles = 0
-        self.known = {node: {} for node in NODES}
+        self.known: dict[str, dict[str, object]] = {node: {} for node in NODES}
         self.joined = set()
         self.sound = True  # what has failed once fails in the end in other ways
         for node in sorted(early):
@@ -52,7 +52,7 @@ class Races(RuleBasedStateMachine):
             self.to_the_end(node)
 
     def allocator(self, node):
-        return Allocator(node, self.rules)
+        return Allocator(node, self.given)
 
     def start(self, node, what, steps, **about):
         self.running[node] = Running(what, steps, self.now, self.store.revision, **about)
@@ -134,7 +134,7 @@ class Races(RuleBasedStateMachine):
         """Let nodes use nothing for a minute, while another one wants more."""
         for each in quiet:
             self.release_all_of_a_node(each)
-        self.wait(61.0 + self.rules.cooldown)
+        self.wait(61.0 + self.given.cooldown)
         self.fill(node, count)
 
     @rule(node=nodes, other=nodes)
@@ -190,7 +190,7 @@ class Races(RuleBasedStateMachine):
             self.check_text(operation)
             forgetting = run.what == "forget"
             requested, self.sound = run.about.get("requested"), False
-            self.oracle.saw(node, run.now, before, operation.value, requested, forgetting)
+            self.oracle.saw(node, run.now, self.now, before, operation.value, requested, forgetting)
             self.sound = True
 
     def value(self, key):
@@ -226,13 +226,13 @@ class Races(RuleBasedStateMachine):
 
     def refused(self, node, run, error):
         if run.what == "assign" and run.alone:
-            left = self.oracle.available(node, run.now, borrow=not self.rules.strict_affinity)
+            left = self.oracle.available(node, run.now, borrow=not self.given.strict_affinity)
             assert not left, f"{left} could be had: {error}"
         if run.what == "request" and run.alone:
             address = run.about["requested"]
-            left = self.oracle.available(node, run.now, borrow=not self.rules.strict_affinity)
+            left = self.oracle.available(node, run.now, borrow=not self.given.strict_affinity)
             owner = next((owner for cidr, owner in self.oracle.owner.items() if address in cidr), "")
-            foreign = self.rules.strict_affinity and owner not in ("", node)
+            foreign = self.given.strict_affinity and owner not in ("", node)
             assert address not in left or foreign or owner == "", f"{address} could be had: {error}"
 
     def finish(self, steps):

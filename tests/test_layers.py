@@ -28,7 +28,7 @@ LAYERS = [
     {"report_services"},
     {"underlay", "host", "report"},
     {"node"},
-    {"follow", "forward"},
+    {"follow", "forward", "addresses"},
     {"attach", "resolver"},
     {"daemon"},
     {"lab_plan", "lab_serve"},
@@ -37,7 +37,7 @@ LAYERS = [
     {"lab", "lab_enter"},
     {"cli_base"},
     {"cli_show", "cli_lab"},
-    {"cli_edit", "cli_cni", "cli_cluster"},
+    {"cli_edit", "cli_cni", "cli_cluster", "cli_loadbalancer"},
     {"cli"},
     {"__main__"},
 ]

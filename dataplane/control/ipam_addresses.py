@@ -7,6 +7,7 @@ what it was for can ask again, or release it by what ``held`` says.
 from collections.abc import Mapping
 from typing import Protocol
 
+from dataplane.control.ipam import Block, Rules
 from dataplane.control.state import Address
 
 
@@ -40,6 +41,34 @@ class Addresses(Protocol):
 
     async def held(self) -> Mapping[str, Address]:
         """Return what is held by handles of this node, without the node's own tunnel address.
+
+        Raises:
+            IpamError: The store that keeps the books cannot be reached.
+        """
+        ...
+
+
+class Books(Addresses, Protocol):
+    """The same for people who look at the books, and put them right."""
+
+    async def look(self) -> tuple[Rules, tuple[Block, ...]]:
+        """Return the rules in force and all blocks of the cluster.
+
+        Raises:
+            IpamError: The store that keeps the books cannot be reached.
+        """
+        ...
+
+    async def release_address(self, address: Address, now: float) -> str:
+        """Take back an address, whoever holds it; return the handle that it had, "" if it had none.
+
+        Raises:
+            IpamError: The store that keeps the books cannot be reached.
+        """
+        ...
+
+    async def forget(self, node: str, now: float) -> tuple[Address, ...]:
+        """Take back all that a node has which will not come back, its blocks too; return its addresses.
 
         Raises:
             IpamError: The store that keeps the books cannot be reached.

@@ -12,6 +12,7 @@ from dataclasses import replace
 from dataplane.control.ipam import (
     TUNNEL,
     Allocation,
+    Block,
     NoAddressError,
     TakenError,
     allocated,
@@ -132,6 +133,16 @@ class Allocator(Claims):
             for ordinal, allocation in held.block.allocations.items()
             if allocation.node == self.node and not allocation.handle.startswith(TUNNEL)
         }
+
+    def holds(self, handle: str, address: Address) -> Steps[bool]:
+        """Return whether a handle still has an address: somebody may have released it by hand."""
+        held = yield from self._around(address)
+        return held is not None and held.block.find(handle) == held.block.ordinal(address)
+
+    def blocks(self) -> Steps[tuple[Block, ...]]:
+        """Return all blocks, whosever they are."""
+        everything = yield from self._all()
+        return tuple(held.block for held in everything)
 
     def forget(self, node: str, now: float) -> Steps[tuple[Address, ...]]:
         """Release all that a node has which will not come back, its tunnel address and its blocks too."""

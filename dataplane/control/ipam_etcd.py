@@ -58,7 +58,7 @@ class EtcdAddresses:
         """Return the handle's address, a new one if it has none (``Addresses.assign``)."""
         async with self._turn:
             mine = (await self._known()).get(handle)
-            if mine is not None:
+            if mine is not None and await self._carry_out(self._allocator.holds(handle, mine)):
                 if requested not in (None, mine):
                     raise TakenError(f"{handle} has address {mine} already (asked for {requested})")
                 self._doubtful.discard(handle)
@@ -141,24 +141,24 @@ class EtcdAddresses:
             return await self._carry_out(self._allocator.give_back(now))
 
     async def release_address(self, address: Address, now: float) -> str:
-        """Take back an address, whoever holds it; return the handle that it had, "" if it had none."""
+        """Take back an address (``Books.release_address``)."""
         async with self._turn:
             allocation = await self._carry_out(self._allocator.release_address(address, now))
             self._held = None
             return allocation.handle if allocation else ""
 
     async def forget(self, node: str, now: float) -> tuple[Address, ...]:
-        """Take back all that a node has which will not come back."""
+        """Take back what a node has (``Books.forget``)."""
         async with self._turn:
             addresses = await self._carry_out(self._allocator.forget(node, now))
             self._held = None
             return addresses
 
-    async def blocks(self) -> tuple[Block, ...]:
-        """Return all blocks of the cluster."""
+    async def look(self) -> tuple[Rules, tuple[Block, ...]]:
+        """Return the rules in force and all blocks of the cluster (``Books.look``)."""
         async with self._turn:
-            entries = await self._carry_out(_listing())
-        return tuple(entry.value for entry in entries if isinstance(entry.value, Block))
+            await self._read_pools()
+            return self.rules, await self._carry_out(self._allocator.blocks())
 
     # --- etcd --------------------------------------------------------------------------------------------------------
 
@@ -230,8 +230,3 @@ class EtcdAddresses:
         if self._complained.get(item.key) != item.mod_revision:
             self._complained[item.key] = item.mod_revision
             log.error("ipam: left alone: %s: %s", item.key, error)
-
-
-def _listing() -> Steps[tuple[Stored, ...]]:
-    entries: tuple[Stored, ...] = yield List("blocks/")
-    return entries

@@ -74,6 +74,20 @@ class StaticAddresses:
         """Return what is held (``Addresses.held``)."""
         return self._open().carry_out(self._allocator.held())
 
+    async def look(self) -> tuple[Rules, tuple[Block, ...]]:
+        """Return the rules in force and the node's blocks (``Books.look``)."""
+        entries = self._open().entries().values()
+        return self._allocator.rules, tuple(entry for entry in entries if isinstance(entry, Block))
+
+    async def release_address(self, address: Address, now: float) -> str:
+        """Take back an address (``Books.release_address``)."""
+        allocation = self._carry_out(self._allocator.release_address(address, now), now)
+        return allocation.handle if allocation else ""
+
+    async def forget(self, node: str, now: float) -> tuple[Address, ...]:
+        """Take back what a node has (``Books.forget``): these books know of one node only."""
+        return self._carry_out(self._allocator.forget(node, now), now)
+
     # --- the file ----------------------------------------------------------------------------------------------------
 
     def _carry_out(self, steps: Steps[Result], now: float) -> Result:

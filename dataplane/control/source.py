@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from dataplane.control.cluster import Cluster, ClusterNode
+from dataplane.control.ipam_addresses import Books
 from dataplane.control.snapshot import ClusterStatus, Reload
 from dataplane.control.state import DesiredState, Settings
 
@@ -72,6 +73,11 @@ class Source(Protocol):
     @property
     def health(self) -> Health:
         """How the source is doing now."""
+        ...
+
+    @property
+    def addresses(self) -> Books | None:
+        """Where pods of this node get addresses; None: out of the blocks that the node has."""
         ...
 
     async def join(self, settings: Settings) -> Cluster:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from dataplane.control.cluster import Cluster, ClusterNode
+from dataplane.control.ipam_addresses import Books
 from dataplane.control.kube_api import KubeApi, Resource
 from dataplane.control.kube_config import Access, load
 from dataplane.control.kube_status import Writer
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 class KubernetesSource:
     """Follows an API server.
 
+    Attributes:
+        addresses: None: the API server gives each node a block, and the node the addresses in it.
+
     Args:
         settings: The node's.
         access: How the server is reached; None: as the settings say.
@@ -49,6 +53,7 @@ class KubernetesSource:
     """
 
     def __init__(self, settings: Settings, access: Access | None = None) -> None:
+        self.addresses: Books | None = None
         self._settings = settings
         self._access = access or load(settings.store.kubeconfig)
         self._api = KubeApi(self._access)
