@@ -18,6 +18,7 @@ from dataplane.cli_cluster import cluster
 from dataplane.cli_cni import cni
 from dataplane.cli_edit import conntrack, endpoint, service
 from dataplane.cli_lab import lab
+from dataplane.cli_loadbalancer import loadbalancer
 from dataplane.cli_show import show, show_snapshot
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ cli.add_command(conntrack)
 cli.add_command(cni)
 cli.add_command(lab)
 cli.add_command(cluster)
+cli.add_command(loadbalancer)
 
 
 # --- failing ---------------------------------------------------------------------------------------------------------

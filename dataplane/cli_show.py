@@ -269,7 +269,8 @@ def _show_as_ipvsadm(form: str, wanted: "Query", path: Path | None) -> None:
     from dataplane.control import client, ipvsadm
 
     def take() -> tuple[Any, Any]:
-        return _listing("services", wanted, path)["services"], _listing("endpoints", wanted, path)["endpoints"]
+        rows = _listing("services", wanted, path)["services"]
+        return [row for row in rows if row["address"]], _listing("endpoints", wanted, path)["endpoints"]
 
     size = ask(lambda socket: client.get(socket, "conntrack_stats"), path)["limit"]
     found, began = take(), time.monotonic()

@@ -10,6 +10,7 @@ from typing import Any, cast
 from dataplane import __version__, pipeline
 from dataplane.apply import Wiring
 from dataplane.batch import ERRORS_LIMITED, INJECTED_TOTAL, RECEIVED
+from dataplane.control import loadbalancer_report
 from dataplane.control import snapshot as shape
 from dataplane.control.api import Listing
 from dataplane.control.cluster import ClusterNode
@@ -102,6 +103,10 @@ class Report:
         nodes = (replace(own, since=self._since), *peers)
         where = str(self.settings.path or "built-in")
         return cluster_status("static", where, Health(connected=True, changed=self._since), own.name, nodes)
+
+    def load_balancer(self) -> shape.LoadBalancer:
+        """Pools and addresses of load balancers."""
+        return loadbalancer_report.snapshot(self._wiring.state or self.settings.state)
 
     def interfaces(self) -> shape.Interfaces:
         """The devices, by index."""

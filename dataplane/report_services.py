@@ -181,6 +181,8 @@ class ServiceReport:
         yield []
         for rows in self._rows(query):
             yield [self._service(row, known, sums) for row in rows]
+        state = self._state()
+        yield list(_pending(state, query)) if state else []
 
     def _service(self, row: int, known: Mapping[str, Service], sums: "_Sums") -> ServiceRow:
         record, (name, port_name, kind, origin) = self._table.services[row], self._name(row)
@@ -209,6 +211,7 @@ class ServiceReport:
             "in_bytes": int(record["in_bytes"]),
             "out_packets": int(record["out_packets"]),
             "out_bytes": int(record["out_bytes"]),
+            "reason": "",
         }
 
     def _endpoints(self, query: Query) -> Iterator[list[EndpointRow]]:
@@ -327,6 +330,41 @@ class _Sums:
 
     def get(self, column: str, row: int) -> int:
         return int(self._of[column][row])
+
+
+def _pending(state: DesiredState, query: Query) -> Iterator[ServiceRow]:
+    """Yield a row for each port of a service that waits for a load balancer's address."""
+    for service in state.services if state.refused and query.dst is None else ():
+        if service.id not in state.refused or query.service not in ("", service.id):
+            continue
+        for port in service.ports:
+            number = next(number for number, name in _PROTOCOLS.items() if name == port.protocol)
+            if query.protocol not in (None, number) or query.dport not in (None, port.port):
+                continue
+            yield {
+                "service": service.id,
+                "port_name": port.name,
+                "type": service.type,
+                "kind": "load-balancer-ip",
+                "address": "",
+                "port": port.port,
+                "protocol": port.protocol,
+                "scheduler": service.scheduler or state.balancing.scheduler,
+                "scheduler_flags": sorted(service.scheduler_flags),
+                "affinity_s": int(service.affinity_seconds),
+                "mask_bits": 0,
+                "ready": 0,
+                "total": 0,
+                "active": 0,
+                "inactive": 0,
+                "origin": service.origin,
+                "connections": 0,
+                "in_packets": 0,
+                "in_bytes": 0,
+                "out_packets": 0,
+                "out_bytes": 0,
+                "reason": state.refused[service.id],
+            }
 
 
 def _nodes(service: Service | None) -> dict[Address, str]:

@@ -15,7 +15,7 @@ from dataplane.control import api, metrics
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Kind, ListKind, Reload
 from dataplane.verdict import Reason
-from tests.fake_rows import CLUSTER, interface, route
+from tests.fake_rows import CLUSTER, LOAD_BALANCER, interface, route
 
 COUNTS = {Reason.ROUTE_NONE: 3, Reason.IP_TTL: 12, Reason.ARP_ANSWERED: 2, Reason.NEIGH_RESOLVE: 1}
 
@@ -43,6 +43,7 @@ def service(address: str, port: int, **changes: Any) -> dict[str, Any]:
         "in_bytes": 12_000,
         "out_packets": 100,
         "out_bytes": 100_000_000,
+        "reason": "",
     } | changes
 
 
@@ -231,6 +232,7 @@ def snapshots() -> dict[str, Any]:
             "routes": 7,
         },
         "cluster": CLUSTER,
+        "load_balancer": LOAD_BALANCER,
         **_whereabouts(),
         **_counts(),
     }

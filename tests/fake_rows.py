@@ -10,6 +10,24 @@ CLUSTER = {
     "nodes": [_NODE1 | {"alive": True, "here": True}, _NODE2 | {"alive": False, "here": False}],
 }
 
+LOAD_BALANCER: dict[str, Any] = {
+    "pools": [
+        {
+            "name": "default",
+            "ranges": ["192.0.2.200-192.0.2.220", "198.51.100.7"],
+            "auto_assign": True,
+            "addresses": 22,
+            "in_use": 1,
+            "services": 2,
+        }
+    ],
+    "addresses": [
+        {"address": "192.0.2.200", "pool": "default", "services": ["default/dns", "default/web"], "owner": "node1"},
+        {"address": "203.0.113.1", "pool": "", "services": ["default/db"], "owner": ""},
+    ],
+    "pending": [{"service": "shop/web", "reason": "no IPv4 address is free in pool default"}],
+}
+
 
 def interface(index: int, name: str, **changes: Any) -> dict[str, Any]:
     return {

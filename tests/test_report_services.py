@@ -117,6 +117,7 @@ def test_a_service_is_listed_at_each_of_its_addresses(world):
         "in_bytes": 0,
         "out_packets": 0,
         "out_bytes": 0,
+        "reason": "",
     }
     dns = rows["cluster-ip", DNS, 53, "UDP"]
     assert (dns["scheduler"], dns["scheduler_flags"], dns["origin"], dns["port_name"]) == ("mh", ["mh-port"], "api", "")

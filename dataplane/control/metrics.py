@@ -22,6 +22,7 @@ from dataplane.control.snapshot import (
     Drops,
     Interfaces,
     Kind,
+    LoadBalancer,
     Pipeline,
     Routes,
     Status,
@@ -54,6 +55,7 @@ class _Node(Collector):
         yield from _conntrack(self.snapshot("conntrack_stats"))
         yield from _balancing(self.snapshot("balancing"))
         yield from _cluster(self.snapshot("cluster"))
+        yield from _pools(self.snapshot("load_balancer"))
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
@@ -188,6 +190,22 @@ def _balancing(snapshot: Balancing) -> Iterator[Metric]:
         lacking.add_metric((policy,), count)
     yield lacking
     yield from _services(snapshot)
+
+
+def _pools(snapshot: LoadBalancer) -> Iterator[Metric]:
+    fields = {
+        "addresses_total": ("addresses", "Addresses that a pool can give."),
+        "addresses_in_use_total": ("in_use", "Addresses of a pool that services have."),
+        "services_allocated_total": ("services", "Services that have an address of a pool."),
+    }
+    rows: list[dict[str, Any]] = [dict(row) for row in snapshot["pools"]]
+    for name, (field, text) in fields.items():
+        family = GaugeMetricFamily(f"metallb_allocator_{name}", text, labels=("pool",))
+        for row in rows:
+            family.add_metric((row["name"],), row[field])
+        yield family
+    text = "Services that wait for a load balancer's address."
+    yield _gauge("dataplane_load_balancer_pending", text, len(snapshot["pending"]))
 
 
 def _cluster(snapshot: ClusterStatus) -> Iterator[Metric]:

@@ -19,6 +19,7 @@ Kind: TypeAlias = Literal[
     "conntrack_stats",
     "balancing",
     "cluster",
+    "load_balancer",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -184,6 +185,8 @@ class ServiceRow(TypedDict):
     ``kind`` says what the address is: cluster-ip, node-port, external-ip or load-balancer-ip. ``scheduler_flags`` are
     ipvsadm's (sh-port, sh-fallback, mh-port, mh-fallback, ops). ``affinity_s`` is 0 without client affinity,
     ``mask_bits`` how much of a client's address counts for it. ``origin`` is file or api.
+
+    A port of a service that waits for a load balancer's address has a row with address "", and a ``reason``.
     """
 
     service: str
@@ -207,6 +210,7 @@ class ServiceRow(TypedDict):
     in_bytes: int
     out_packets: int
     out_bytes: int
+    reason: str
 
 
 class EndpointRow(TypedDict):
@@ -394,6 +398,41 @@ class ClusterStatus(TypedDict):
     revision: int
     lag_s: float
     nodes: list[ClusterMember]
+
+
+class PoolRow(TypedDict):
+    """A pool of load balancer addresses: how many it can give, how many services have, and how many those are."""
+
+    name: str
+    ranges: list[str]
+    auto_assign: bool
+    addresses: int
+    in_use: int
+    services: int
+
+
+class BalancedAddress(TypedDict):
+    """A load balancer's address. ``pool`` is "" for one given by hand, ``owner`` the node that announces it or ""."""
+
+    address: str
+    pool: str
+    services: list[str]
+    owner: str
+
+
+class Pending(TypedDict):
+    """A service that waits for an address, and why."""
+
+    service: str
+    reason: str
+
+
+class LoadBalancer(TypedDict):
+    """``GET /v1/load_balancer``: pools in the order in which they are tried, addresses by number."""
+
+    pools: list[PoolRow]
+    addresses: list[BalancedAddress]
+    pending: list[Pending]
 
 
 class Reload(TypedDict):

@@ -18,6 +18,7 @@ from dataplane.control.snapshot import (
     Drops,
     Interfaces,
     Kind,
+    LoadBalancer,
     Pipeline,
     ReasonCount,
     Route,
@@ -184,6 +185,28 @@ def cluster(snapshot: ClusterStatus) -> View:
     return View(("node", "address", "blocks", "zone", "since", "state", "here"), rows, (line,))
 
 
+def pools(snapshot: LoadBalancer) -> View:
+    """One row per pool of load balancer addresses, in the order in which they are tried."""
+    rows = as_rows(
+        (
+            *(row["name"], ",".join(row["ranges"]), _word(row["auto_assign"])),
+            *(row["addresses"], row["in_use"], row["services"]),
+        )
+        for row in snapshot["pools"]
+    )
+    notes = () if rows else ("there is no address pool",)
+    return View(("pool", "ranges", "auto", ">addresses", ">in use", ">services"), rows, notes)
+
+
+def load_balancer(snapshot: LoadBalancer) -> View:
+    """One row per load balancer's address, then who waits for one."""
+    having = ((row["address"], row["pool"], ",".join(row["services"]), row["owner"]) for row in snapshot["addresses"])
+    waiting = [("<pending>", "", row["service"], "") for row in snapshot["pending"]]
+    rows = as_rows(map(_word, row) for row in (*having, *waiting))
+    notes = tuple(f"{row['service']}: {row['reason']}" for row in snapshot["pending"])
+    return View(("address", "pool", "services", "announced by"), rows, notes)
+
+
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
 
@@ -211,6 +234,7 @@ VIEWS: dict[Kind, Callable[[Any], View]] = {
     "conntrack_stats": conntrack_stats,
     "balancing": balancing,
     "cluster": cluster,
+    "load_balancer": load_balancer,
 }
 
 

@@ -22,14 +22,14 @@ _DAY, _HOUR, _MINUTE = 86400, 3600, 60
 
 
 def services(rows: Sequence[ServiceRow]) -> View:
-    """One row per address and port; a Kubernetes service has several."""
+    """One row per address and port; a Kubernetes service has several. One that waits for an address says why below."""
     return View(
         ("service", "type", "address", "sched", ">ready", ">active", ">conns"),
         as_rows(
             (
                 _service(row),
                 _type(row),
-                f"{endpoint_text(row['address'], row['port'])}/{row['protocol']}",
+                f"{_virtual(row)}/{row['protocol']}",
                 row["scheduler"],
                 f"{row['ready']}/{row['total']}",
                 row["active"],
@@ -37,6 +37,7 @@ def services(rows: Sequence[ServiceRow]) -> View:
             )
             for row in rows
         ),
+        _waiting(rows),
     )
 
 
@@ -49,13 +50,14 @@ def services_wide(rows: Sequence[ServiceRow]) -> View:
         ),
         as_rows(
             (
-                *(_service(row), row["type"], row["kind"], endpoint_text(row["address"], row["port"]), row["protocol"]),
+                *(_service(row), row["type"], row["kind"], _virtual(row), row["protocol"]),
                 *(row["scheduler"], ",".join(row["scheduler_flags"]) or "-", _affinity(row)),
                 *(f"{row['ready']}/{row['total']}", row["active"], row["inactive"], row["connections"]),
                 *(row["in_packets"], row["in_bytes"], row["out_packets"], row["out_bytes"], row["origin"]),
             )
             for row in rows
         ),
+        _waiting(rows),
     )
 
 
@@ -200,6 +202,15 @@ def with_rest(view: View, shown: int, matched: int) -> View:
 def _service(row: ServiceRow | EndpointRow | TemplateRow) -> str:
     """Return ``namespace/name:port``; what stands in the table without a name is of no service any more."""
     return f"{row['service']}:{row['port_name']}" if row["port_name"] else row["service"] or "-"
+
+
+def _virtual(row: ServiceRow) -> str:
+    """Return address and port; kubectl's word where there is no address yet."""
+    return endpoint_text(row["address"] or "<pending>", row["port"])
+
+
+def _waiting(rows: Sequence[ServiceRow]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(f"{row['service']}: {row['reason']}" for row in rows if row["reason"]))
 
 
 def _type(row: ServiceRow) -> str:
