@@ -109,6 +109,9 @@ class KubeServer:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+        self._connections.clear()
+        for _ in range(5):  # a transport that was closed needs some turns of the loop to be so
+            await asyncio.sleep(0)
 
     async def restart(self) -> None:
         """Do both."""

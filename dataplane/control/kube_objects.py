@@ -93,7 +93,7 @@ def node_of(item: Item) -> tuple[ClusterNode, str]:
     cidrs = said.all(_prefix, _list(spec, "podCIDRs") or [spec.get("podCIDR")], "podCIDR")
     internal = (each.get("address") for each in _tables(status, "addresses") if each.get("type") == "InternalIP")
     addresses = said.all(_address, internal, "InternalIP")
-    conditions = {each.get("type"): each.get("status") for each in _tables(status, "conditions")}
+    conditions = {_text(each, "type"): _text(each, "status") for each in _tables(status, "conditions")}
     annotations = _table(metadata, "annotations")
     tunnel = said.all(_address, [annotations.get(TUNNEL_ADDRESS)], TUNNEL_ADDRESS)
     if tunnel and not (cidrs and cidrs[0].network_address == tunnel[0]):
@@ -191,13 +191,13 @@ def _port(given: Item) -> ServicePort:
 def slice_of(item: Item) -> tuple[KubeSlice, str]:
     """Return an EndpointSlice of either version. Of an endpoint's addresses only the first means anything."""
     metadata = _table(item, "metadata")
-    name = _table(metadata, "labels").get(SERVICE_NAME)
+    name = _text(_table(metadata, "labels"), SERVICE_NAME)
     if not name or item.get("addressType", "IPv4") != "IPv4":
         return KubeSlice(""), ""
     said = _Said()
     ports = tuple(
         sorted(
-            (f"{port.get('name') or ''}/{port.get('protocol') or 'TCP'}", number)
+            (f"{_text(port, 'name')}/{_text(port, 'protocol') or 'TCP'}", number)
             for port in _tables(item, "ports")
             if (number := _port_number(port.get("port")))
         )

@@ -71,6 +71,11 @@ class View:
         versions = (shelf.version for shelf in self.shelves)
         return max((int(version) for version in versions if version.isdecimal()), default=0)
 
+    @property
+    def own(self) -> ClusterNode | None:
+        """This node as it was when it joined; None before."""
+        return self._own
+
     def pin(self, own: ClusterNode) -> None:
         """Have this node keep its addresses and blocks from now on: they are fixed while it runs."""
         self._own = own
@@ -79,6 +84,8 @@ class View:
     def cluster(self) -> Cluster:
         """Return the cluster as it is known now; the same object if nothing has changed."""
         old = self._cluster
+        if self.advertisements.installed != (old.advertisements is not None):
+            self._stale.add("pools")
         parts = {
             "nodes": self._nodes() if "nodes" in self._stale else old.nodes,
             "services": self._services() if self._dirty else old.services,
