@@ -54,6 +54,14 @@ def test_services_and_flows_are_metrics_under_kube_proxys_names_where_it_has_the
     assert found["dataplane_service_open_connections", ("", "UDP", "kube-system/dns", "inactive")] == 3
 
 
+def test_pools_are_metrics_under_metallbs_names():
+    found = samples()
+    assert found["metallb_allocator_addresses_total", ("default",)] == 22
+    assert found["metallb_allocator_addresses_in_use_total", ("default",)] == 1
+    assert found["metallb_allocator_services_allocated_total", ("default",)] == 2
+    assert found["dataplane_load_balancer_pending", ()] == 1
+
+
 def test_the_cluster_and_its_store_are_metrics():
     found = samples()
     assert found["dataplane_cluster_nodes", ()] == 2

@@ -123,6 +123,22 @@ def test_a_service_is_listed_at_each_of_its_addresses(world):
     assert (dns["scheduler"], dns["scheduler_flags"], dns["origin"], dns["port_name"]) == ("mh", ["mh-port"], "api", "")
 
 
+def test_a_service_that_waits_for_an_address_has_a_row_for_each_port(world):
+    ports = (ServicePort(80, name="http"), ServicePort(53, "UDP", "dns"))
+    late = Service("late", type="LoadBalancer", ports=ports, scheduler="mh")
+    world.state = replace(world.state, services=(WEB, NAMES, late), refused={"default/late": "it is full"})
+    rows = world.rows("services", service="default/late")
+    assert [(row["address"], row["port"], row["protocol"], row["scheduler"]) for row in rows] == [
+        ("", 80, "TCP", "mh"),
+        ("", 53, "UDP", "mh"),
+    ]
+    assert {row["reason"] for row in rows} == {"it is full"}
+    assert rows[0].keys() == world.rows("services")[0].keys()
+    assert [row["port"] for row in world.rows("services", protocol="udp") if not row["address"]] == [53]
+    assert [row["port"] for row in world.rows("services", dport="80") if not row["address"]] == [80]
+    assert not [row for row in world.rows("services", dst="10.96.0.0/12") if not row["address"]]
+
+
 def test_endpoints_stand_in_the_order_of_the_schedulers_list(world):
     rows = [row for row in world.rows("endpoints") if row["kind"] == "cluster-ip"]
     assert [(row["address"], row["port"], row["weight"], row["node"]) for row in rows] == [
