@@ -15,7 +15,8 @@ def check_cluster(file: File) -> Iterator[Problem]:
     """Yield the problems of the sections that nodes share."""
     assert isinstance(file, ClusterFile)
     yield from _pools(file)
-    yield from _dns(file)
+    if "dns" in file.model_fields_set:
+        yield from _dns(file)
 
 
 def _pools(file: ClusterFile) -> Iterator[Problem]:
