@@ -46,19 +46,17 @@ class Writer:
         node: This node's name.
         namespace: Of the Lease; "" is kube-system.
         pools: Gives the pools of the node's own file.
-        seconds: For how long the office is held without a renewal.
     """
 
     def __init__(
         self, api: KubeApi, view: View, node: str, namespace: str, pools: Callable[[], Sequence[AddressPool]],
-        seconds: int = SECONDS,
     ) -> None:  # fmt: skip
         self._api, self._view, self._node = api, view, node
         self._namespace = namespace or NAMESPACE
         self._path = LEASES.path(self._namespace, LEASE_NAME)
         self._pools = pools
-        self._seconds = seconds
-        self.election = Election(f"{node}_{uuid.uuid4()}", LEASE_NAME, self._namespace, seconds)
+        self._seconds = SECONDS
+        self.election = Election(f"{node}_{uuid.uuid4()}", LEASE_NAME, self._namespace, SECONDS)
         self._news = asyncio.Event()
         self._backoff = Backoff()
         self._done: object = None
