@@ -340,7 +340,7 @@ def stale(wanted: Request, attached: Mapping[Key, Attachment]) -> list[Attachmen
     listed = wanted.config.get(ATTACHMENTS)
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         raise CniError(INVALID_CONFIG, f"{ATTACHMENTS}: {listed!r}; expected a list of objects")
-    valid = {(each.get("containerID"), each.get("ifname")) for each in listed}
+    valid = {(str(each.get("containerID")), str(each.get("ifname"))) for each in listed}
     of_network = (each for each in attached.values() if each.network == wanted.network)
     return [each for each in of_network if (each.container, each.ifname) not in valid]
 
