@@ -78,7 +78,7 @@ class Resolver:
         self._listener: _Listener | None = None
         self._server: asyncio.Server | None = None
         self._answering: _Listener | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._seen: tuple[Service, ...] | None = None
         self._made: tuple[Service, ...] = ()
@@ -168,10 +168,11 @@ class Resolver:
             self._listener.close()
             self._listener = None
         self.upstreams.close()
-        tasks = (*self._tasks, *self._connections)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._connections.values():
+            writer.transport.abort()  # not its task: asyncio would complain about the end of that
+        await asyncio.gather(*self._tasks, *self._connections, return_exceptions=True)
 
     async def _close(self) -> None:
         if self._answering is None:
@@ -223,12 +224,12 @@ class Resolver:
         if len(self._connections) >= _CONNECTIONS:
             writer.transport.abort()
             return
-        self._connections.add(task)
+        self._connections[task] = writer
         try:
             with suppress(OSError, EOFError):  # gone, silent for too long, or half a query
                 await self._converse(reader, writer)
         finally:
-            self._connections.discard(task)
+            del self._connections[task]
             writer.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
