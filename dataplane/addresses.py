@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from dataplane.control.cluster import Cluster, ClusterPod
 from dataplane.control.ipam import Rules
 from dataplane.control.ipam_addresses import Books
 from dataplane.control.ipam_static import StaticAddresses
-from dataplane.control.state import Address
+from dataplane.control.state import Address, Pod
 from dataplane.node import Node
 
 
@@ -30,3 +31,14 @@ def open_addresses(node: Node, run: Path) -> Books:
     """Return the books; a file of theirs is in the folder ``run``. A node must not have two of them."""
     kept = node.source.addresses if node.source is not None else None
     return kept if kept is not None else FileAddresses(node, run / f"{node.settings.state.node.name}.ipam.json")
+
+
+def holders(node: Node, cluster: Cluster) -> dict[Address, str]:
+    """Return the pods that are known, this node's and all others', by their addresses."""
+    pods: list[Pod | ClusterPod] = [*cluster.pods.values(), *(node.wiring.state.pods if node.wiring.state else ())]
+    return {address: f"{pod.namespace}/{pod.name}" for pod in pods for address in pod.addresses}
+
+
+def nodes_alive(node: Node, cluster: Cluster) -> frozenset[str]:
+    """Return the names of the nodes that are there."""
+    return frozenset(each.name for each in cluster.nodes.values() if each.alive) | {node.settings.state.node.name}

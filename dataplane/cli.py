@@ -17,6 +17,7 @@ from dataplane.cli_base import PATH, ask, count, fail, output_option, report, so
 from dataplane.cli_cluster import cluster
 from dataplane.cli_cni import cni
 from dataplane.cli_edit import conntrack, endpoint, service
+from dataplane.cli_ipam import ipam
 from dataplane.cli_lab import lab
 from dataplane.cli_loadbalancer import loadbalancer
 from dataplane.cli_show import show, show_snapshot
@@ -156,6 +157,7 @@ cli.add_command(conntrack)
 cli.add_command(cni)
 cli.add_command(lab)
 cli.add_command(cluster)
+cli.add_command(ipam)
 cli.add_command(loadbalancer)
 
 

@@ -33,6 +33,7 @@ from dataplane.tables.result import TableFullError
 
 if TYPE_CHECKING:
     from dataplane.attach import Attacher
+    from dataplane.control.api import Extension
     from dataplane.resolver import Resolver
 
 RUN = Path("/run/dataplane")
@@ -106,7 +107,7 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
             attacher.start()
         if resolver is not None:
             await resolver.start()
-        await _serve(node, settings, log_book, attacher)
+        await _serve(node, log_book, follower, attacher)
     finally:
         notify("STOPPING=1")
         if attacher is not None:
@@ -151,16 +152,18 @@ def _resolver(node: Node, follower: Follower | None) -> "Resolver | None":
     return Resolver(node, (lambda: follower.cluster) if follower is not None else Cluster)
 
 
-async def _serve(node: Node, settings: Settings, log_book: journal.Journal, attacher: "Attacher | None") -> None:
+async def _serve(node: Node, log_book: journal.Journal, follower: Follower | None, attacher: "Attacher | None") -> None:
     """Offer the control API until the node is told to stop; without it the node goes on, and says so."""
+    settings = node.settings
     await asyncio.to_thread(importlib.import_module, "dataplane.control.handlers")  # packets flow meanwhile
     from dataplane.control import api
 
-    extensions = []
+    extensions: list[Extension] = []
     if attacher is not None:
         from dataplane.control.handlers_cni import cni_routes
 
         extensions.append(cni_routes(attacher))
+    extensions.append(_ipam_routes(node, follower, attacher))
     entry = log_book.record(journal.File(str(settings.socket)))
     try:
         server = await api.start(node, settings.socket, settings.metrics, extensions)
@@ -178,6 +181,19 @@ async def _serve(node: Node, settings: Settings, log_book: journal.Journal, atta
     finally:
         await server.close()
         log_book.removed(entry)
+
+
+def _ipam_routes(node: Node, follower: Follower | None, attacher: "Attacher | None") -> "Extension":
+    """Return what serves the books of addresses: those of the containers, if there are some."""
+    from dataplane.addresses import holders, nodes_alive, open_addresses
+    from dataplane.control.handlers_ipam import ipam_routes
+
+    books = attacher.addresses if attacher is not None else open_addresses(node, RUN)
+    return ipam_routes(
+        books,
+        lambda: holders(node, follower.cluster if follower is not None else Cluster()),
+        lambda: nodes_alive(node, follower.cluster if follower is not None else Cluster()),
+    )
 
 
 def warm_up(node: Node) -> None:

@@ -9,6 +9,8 @@
     DELETE /v1/services/NAMESPACE/NAME/endpoints/IP
     POST   /v1/services/NAMESPACE/NAME/endpoints/IP/drain                 no new connections; those it has go on
     POST   /v1/cni                                                        what dataplane-cni asks (``cni.py``)
+    GET    /v1/ipam                                                       pools and blocks of pods' addresses
+    DELETE /v1/ipam/{addresses/ADDRESS,nodes/NAME}                        take back what is leaked (``handlers_ipam``)
     POST   /v1/reload                                                     read the file again, all or nothing
     GET    /metrics                                                       Prometheus
 
@@ -26,7 +28,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dataplane.control.client import listens
 from dataplane.control.query import Query
@@ -34,6 +36,8 @@ from dataplane.control.snapshot import Kind, ListKind, Reload
 
 if TYPE_CHECKING:
     from aiohttp import web
+
+    Extension: TypeAlias = Callable[[web.Application], None]
 
 _MODE = 0o660
 _GRACE_S = 1.0  # for requests under way when the server closes
@@ -144,7 +148,7 @@ async def start(
     backend: Backend,
     path: Path,
     metrics: tuple[str, int] | None = None,
-    extensions: Sequence[Callable[["web.Application"], None]] = (),
+    extensions: Sequence["Extension"] = (),
 ) -> Server:
     """Listen on the unix socket ``path`` and, if given, on (host, port) for ``/metrics``.
 

@@ -12,11 +12,14 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlencode
 
 from dataplane.control.query import Query
 from dataplane.control.snapshot import ListKind
+
+if TYPE_CHECKING:
+    from dataplane.control.ipam_report import IpamReport
 
 RUN = Path("/run/dataplane")
 TIMEOUT_S = 10.0
@@ -155,6 +158,22 @@ def _service(namespace: str, name: str) -> str:
 
 def _endpoint(namespace: str, name: str, ip: str) -> str:
     return f"{_service(namespace, name)}/endpoints/{quote(ip, safe='')}"
+
+
+def ipam(path: Path) -> "IpamReport":
+    """Return the books of addresses."""
+    books: Any = _request(path, "GET", "/v1/ipam")
+    return cast("IpamReport", books)
+
+
+def release_address(path: Path, address: str) -> dict[str, Any]:
+    """Take back an address of pods that no pod has; returns ``snapshot.Reload``."""
+    return _request(path, "DELETE", f"/v1/ipam/addresses/{quote(address, safe='')}")
+
+
+def forget_node(path: Path, node: str) -> dict[str, Any]:
+    """Take back all addresses of a node that will not come back; returns ``snapshot.Reload``."""
+    return _request(path, "DELETE", f"/v1/ipam/nodes/{quote(node, safe='')}")
 
 
 def reload(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ what it was for can ask again, or release it by what ``held`` says.
 from collections.abc import Mapping
 from typing import Protocol
 
-from dataplane.control.ipam import Block, Rules
+from dataplane.control.ipam import Allocation, Block, Rules
 from dataplane.control.state import Address
 
 
@@ -59,8 +59,8 @@ class Books(Addresses, Protocol):
         """
         ...
 
-    async def release_address(self, address: Address, now: float) -> str:
-        """Take back an address, whoever holds it; return the handle that it had, "" if it had none.
+    async def release_address(self, address: Address, seen: Allocation, now: float) -> bool:
+        """Take back an address if it is still held as it was seen; return whether it was.
 
         Raises:
             IpamError: The store that keeps the books cannot be reached.

@@ -13,7 +13,7 @@ from typing import Any
 
 from dataplane.control.etcd import Compare, Delete, Etcd, EtcdError, KeyValue, Put
 from dataplane.control.etcd import Get as EtcdGet
-from dataplane.control.ipam import Block, IpamError, NoAddressError, Pool, Rules, TakenError
+from dataplane.control.ipam import Allocation, Block, IpamError, NoAddressError, Pool, Rules, TakenError
 from dataplane.control.ipam_engine import Allocator
 from dataplane.control.ipam_json import BookError, dump, dump_pool, load, load_pool
 from dataplane.control.ipam_store import Get, List, Operation, Result, Steps, Stored
@@ -140,12 +140,13 @@ class EtcdAddresses:
                 await self._release(handle, now)
             return await self._carry_out(self._allocator.give_back(now))
 
-    async def release_address(self, address: Address, now: float) -> str:
+    async def release_address(self, address: Address, seen: Allocation, now: float) -> bool:
         """Take back an address (``Books.release_address``)."""
         async with self._turn:
-            allocation = await self._carry_out(self._allocator.release_address(address, now))
+            steps = self._allocator.release_address(address, now, seen.handle, seen.sequence)
+            released = await self._carry_out(steps) is not None
             self._held = None
-            return allocation.handle if allocation else ""
+            return released
 
     async def forget(self, node: str, now: float) -> tuple[Address, ...]:
         """Take back what a node has (``Books.forget``)."""

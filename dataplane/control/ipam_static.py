@@ -11,7 +11,7 @@ from contextlib import suppress
 from ipaddress import ip_network
 from pathlib import Path
 
-from dataplane.control.ipam import BLOCK_SIZES, Block, IpamError, Pool, Rules, TakenError, cooled
+from dataplane.control.ipam import BLOCK_SIZES, Allocation, Block, IpamError, Pool, Rules, TakenError, cooled
 from dataplane.control.ipam_engine import Allocator
 from dataplane.control.ipam_json import BookError, dump, load
 from dataplane.control.ipam_store import MemoryStore, Result, Steps, Value
@@ -79,10 +79,10 @@ class StaticAddresses:
         entries = self._open().entries().values()
         return self._allocator.rules, tuple(entry for entry in entries if isinstance(entry, Block))
 
-    async def release_address(self, address: Address, now: float) -> str:
+    async def release_address(self, address: Address, seen: Allocation, now: float) -> bool:
         """Take back an address (``Books.release_address``)."""
-        allocation = self._carry_out(self._allocator.release_address(address, now), now)
-        return allocation.handle if allocation else ""
+        steps = self._allocator.release_address(address, now, seen.handle, seen.sequence)
+        return self._carry_out(steps, now) is not None
 
     async def forget(self, node: str, now: float) -> tuple[Address, ...]:
         """Take back what a node has (``Books.forget``): these books know of one node only."""
