@@ -165,7 +165,7 @@ class Server(asyncio.DatagramProtocol):
 @asynccontextmanager
 async def serving(*acts):
     loop = asyncio.get_running_loop()
-    place = ("127.0.0.1", 0)
+    place = ("127.9.3.1", 0)  # where nobody has taken the TCP port of the same number
     made = [await loop.create_datagram_endpoint(partial(Server, act), local_addr=place) for act in acts]
     try:
         yield [server for _, server in made]

@@ -145,7 +145,7 @@ async def test_a_truncated_answer_is_asked_for_by_tcp():
         writer.close()
 
     async with serving(truncated) as (server,):
-        listener = await asyncio.start_server(whole, "127.0.0.1", server.place[1])
+        listener = await asyncio.start_server(whole, *map(str, server.place))
         async with resolving(by(server)) as (_, node):
             (found,) = await ask_tcp(place(node, "TCP"), question(OTHER))
             assert (len(found.rr), found.header.tc) == (100, 0)
