@@ -75,6 +75,7 @@ class Attacher:
         self._busy: dict[Key, asyncio.Event] = {}
         self._waiting: list[tuple[_Change, asyncio.Future[None]]] = []
         self._working: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Future[dict[str, Any]]] = set()
         self._owed: set[Key] = set()
         self._owing = asyncio.Event()
         self._tidying: asyncio.Task[None] | None = None
@@ -108,8 +109,7 @@ class Attacher:
 
     async def stop(self) -> None:
         """Finish what is under way."""
-        if self._working is not None:
-            await self._working
+        await asyncio.gather(*self._running, return_exceptions=True)
         if self._tidying is not None:
             self._tidying.cancel()
             with suppress(asyncio.CancelledError):
@@ -138,8 +138,12 @@ class Attacher:
         commands = {
             "ADD": self._add, "DEL": self._delete, "CHECK": self._check, "GC": self._collect, "STATUS": self._status,
         }  # fmt: skip
+        # A client that hangs up half way must not leave half a container: what has begun is carried out.
+        running = asyncio.ensure_future(commands[wanted.command](wanted))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
         try:
-            return await commands[wanted.command](wanted)
+            return await asyncio.shield(running)
         except CniError as error:
             log.warning("cni %s refused container=%s: %s", wanted.command, wanted.container, error)
             raise
@@ -275,7 +279,8 @@ class Attacher:
             errors = (await self._node.refresh())["errors"]
             if not errors:
                 return None
-            failure: Exception = CniError(REFUSED, "; ".join(errors))
+            stopping = self._node.stopping.is_set()
+            failure: Exception = CniError(TRY_AGAIN_LATER if stopping else REFUSED, "; ".join(errors))
         except OSError as error:
             failure = CniError(IO_FAILURE, f"{self._path}: {error.strerror}")
         except Exception as error:
@@ -326,12 +331,16 @@ class Attacher:
             self._owing.clear()
 
     async def _sweep(self) -> bool:
-        """Find what is held for containers that are not attached."""
+        """Find what is held for containers that are not attached, and containers whose address is not held."""
         node = self._node.settings.state.node.name
-        for handle in await self.addresses.held():
+        held = await self.addresses.held()
+        for handle in held:
             key = cni.key_of_handle(node, handle)
             if key is not None and key not in self._attached and key not in self._busy:
                 self._owed.add(key)
+        for key, each in self._attached.items():
+            if held.get(cni.handle_of(node, key)) != each.address and key not in self._busy:
+                log.warning("address %s of container=%s is not in the books", each.address, each.container)
         return True
 
     async def _pay(self, key: Key) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -235,7 +236,8 @@ def test_check_names_what_differs(seen, words):
 def collected(listed: object) -> list[Attachment]:
     elsewhere = replace(TWO, network="another")
     attached = {each.key: each for each in (ONE, TWO, elsewhere)}
-    return cni.stale(asked("GC", **{ATTACHMENTS: listed}), attached)
+    keys: dict[str, Any] = {ATTACHMENTS: listed}
+    return cni.stale(asked("GC", **keys), attached)
 
 
 def test_gc_finds_what_the_runtime_does_not_list():

@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -37,7 +38,7 @@ class Node:
 
     def __init__(self, path: Path, answer: bytes) -> None:
         self.path, self.answer = path, answer
-        self.requests: list[tuple[str, dict]] = []
+        self.requests: list[tuple[str, Any]] = []
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def node(path: Path, status: int = 200, body: object = None, raw: bytes | None =
             thread.join()
 
 
-def speak(environment: dict[str, str], config: object) -> tuple[dict, int]:
+def speak(environment: dict[str, str], config: object) -> tuple[Any, int]:
     """Return what the program prints, read as JSON ({} for nothing), and its exit status."""
     output = io.StringIO()
     content = config if isinstance(config, bytes) else json.dumps(config).encode()
@@ -78,16 +79,16 @@ def code(environment: dict[str, str], config: object) -> int:
     assert status == 1
     assert answer.keys() == {"cniVersion", "code", "msg", "details"}
     assert answer["msg"]
-    return answer["code"]
+    return int(answer["code"])
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path: Path) -> Path:
     return tmp_path / "node.sock"
 
 
 @pytest.fixture
-def config(path) -> dict[str, object]:
+def config(path: Path) -> dict[str, Any]:
     return CONFIG | {"socket": str(path)}
 
 
@@ -95,14 +96,14 @@ def config(path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cni")
     done = CliRunner().invoke(command, ["install", "--bin-dir", f"{folder}/bin", "--conf-dir", f"{folder}/net.d"])
     assert done.exit_code == 0, done.output
     return folder
 
 
-def start(installed: Path, environment: dict[str, str], config: object) -> subprocess.CompletedProcess:
+def start(installed: Path, environment: dict[str, str], config: object) -> subprocess.CompletedProcess[bytes]:
     """Run the installed program with nothing else in its environment."""
     content = json.dumps(config).encode()
     program = installed / "bin" / "dataplane-cni"
@@ -131,12 +132,12 @@ def test_the_program_imports_nothing_but_a_little_of_the_standard_library():
         if isinstance(statement, ast.Import):
             modules |= {alias.name for alias in statement.names}
         elif isinstance(statement, ast.ImportFrom):
-            modules.add(statement.module)
+            modules.add(str(statement.module))
     assert modules == {"collections.abc", "json", "os", "re", "socket", "stat", "sys", "typing"}
 
 
 def test_the_program_starts_in_a_few_times_what_python_takes(installed):
-    def seconds(*words: object) -> float:
+    def seconds(*words: str | Path) -> float:
         began = time.perf_counter()
         subprocess.run(words, input=b"", env={"CNI_COMMAND": "VERSION"}, stdout=subprocess.DEVNULL, check=True)
         return time.perf_counter() - began
@@ -268,8 +269,8 @@ def test_a_field_for_something_that_the_node_does_itself_is_code_2_and_named(con
     assert json.dumps(value) in answer["msg"]
 
 
-class Broken(io.RawIOBase):
-    def read(self, size=-1):
+class Broken(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
         raise OSError(5, "Input/output error")
 
 
