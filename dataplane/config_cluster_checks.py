@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from dataplane.config_checks import Problem, each, repeats
 from dataplane.config_cluster import ClusterFile
+from dataplane.config_dns_checks import check_dns
 from dataplane.config_lines import KeyPath
 from dataplane.config_model import File
 from dataplane.control.state import Address
@@ -16,7 +17,7 @@ def check_cluster(file: File) -> Iterator[Problem]:
     assert isinstance(file, ClusterFile)
     yield from _pools(file)
     if "dns" in file.model_fields_set:
-        yield from _dns(file)
+        yield from check_dns(file)
 
 
 def _pools(file: ClusterFile) -> Iterator[Problem]:
@@ -39,21 +40,3 @@ def _pools(file: ClusterFile) -> Iterator[Problem]:
         for path, name in each((*at, "ipAddressPools"), advertisement.ip_address_pools):
             if name not in names and file.state.source == "static":
                 yield Problem(path, f"no such pool (got {name})", ("loadBalancer.ipAddressPools",))
-
-
-def _dns(file: ClusterFile) -> Iterator[Problem]:
-    address = file.dns.cluster_ip
-    at: KeyPath = ("dns", "clusterIP")
-    if address is None:
-        yield Problem(at, "missing; expected the cluster IP that pods ask, such as 10.96.0.10", ("dns",))
-        return
-    if address.version == 6:
-        yield Problem(at, f"IPv6 is not supported yet (got {address})")
-    if file.node.host_interface == "" or (file.uplink.mode == "udp" and file.node.host_interface is None):
-        yield Problem(at, "needs node.hostInterface: the resolver answers behind it", ("node.hostInterface",))
-    if address in file.node.addresses:
-        yield Problem(at, f"is this node's own address (got {address})", ("node.addresses",))
-    if any(address in cidr for cidr in file.pods.cidr):
-        yield Problem(at, f"expected an address outside pods.cidr (got {address})", ("pods.cidr",))
-    if not 0 <= file.dns.ttl <= 3600:
-        yield Problem(("dns", "ttl"), f"expected at most 1h (got {file.dns.ttl:g}s)")

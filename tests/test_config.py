@@ -9,9 +9,9 @@ import pytest
 
 from dataplane import config
 from dataplane.config import ConfigError, load, parse
-from dataplane.config_cluster import DnsSection
+from dataplane.config_cluster import ClusterFile, DnsSection
 from dataplane.config_model import CaptureSection, key_name
-from dataplane.config_services import ServicesFile, balancing_of, service_of
+from dataplane.config_services import balancing_of, service_of
 from dataplane.control.state import Engine, Log, PodNetwork, StaticRoute, Uplink, pod_mac, vtep_mac
 from tests.node_file import EVERY_KEY, NODE, errors
 
@@ -36,8 +36,10 @@ def test_the_example_says_the_defaults():
     values = tomllib.loads(config.DEFAULT.read_text())
     web = {key: values["services"]["static"][0][key] for key in ("name", "clusterIPs", "ports", "endpoints")}
     services = {key: values["services"][key] for key in ("clusterCIDR", "serviceCIDR")} | {"static": [web]}
-    given = ServicesFile.model_validate(values)
-    bare = ServicesFile.model_validate({"pods": {"cidr": values["pods"]["cidr"]}, "services": services})
+    given = ClusterFile.model_validate(values)
+    dns = {"clusterIP": values["dns"]["clusterIP"]}
+    bare = ClusterFile.model_validate({"pods": {"cidr": values["pods"]["cidr"]}, "services": services, "dns": dns})
+    assert given.dns == bare.dns
     assert service_of(given.services.static[0]) == service_of(bare.services.static[0])
     assert balancing_of(given.services) == balancing_of(bare.services)
     assert load().state.node.host_interface == "dp0"
