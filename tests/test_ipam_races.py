@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dataplane.control.ipam import TUNNEL, Affinity, NoAddressError, Pool, Rules, TakenError
+from dataplane.control.ipam import TUNNEL, Block, NoAddressError, Pool, Rules, TakenError
 from dataplane.control.ipam_engine import Allocator
 from dataplane.control.ipam_json import dump, load
 from dataplane.control.ipam_store import MemoryStore, Swap
@@ -245,7 +245,7 @@ class Races(RuleBasedStateMachine):
         if hasattr(self, "store"):
             held = {}
             for value in self.store.entries().values():
-                if not isinstance(value, Affinity):
+                if isinstance(value, Block):
                     for ordinal, each in value.allocations.items():
                         held[value.address(ordinal)] = (each.handle, each.node)
             assert held == self.oracle.held
@@ -267,7 +267,7 @@ class Races(RuleBasedStateMachine):
         for node in NODES:
             self.finish_checked(node, "forget", self.allocator(node).forget("", self.now), of=node)
         assert not self.oracle.held
-        blocks = [value for value in self.store.entries().values() if not isinstance(value, Affinity)]
+        blocks = [value for value in self.store.entries().values() if isinstance(value, Block)]
         assert len(blocks) == len(self.store.entries()), "an affinity was left"
 
     def finish_checked(self, node, what, steps, **about):

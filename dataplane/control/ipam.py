@@ -176,6 +176,13 @@ class Block:
         return next((ordinal for ordinal, each in self.allocations.items() if each.handle == handle), None)
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Blocks that a node has by its own file: nobody claims what overlaps them."""
+
+    cidrs: tuple[Network, ...] = ()
+
+
 def new_block(cidr: Network) -> Block:
     """Return a block that is nobody's, its addresses in their order."""
     return Block(cidr, unallocated=tuple(range(cidr.num_addresses)))

@@ -15,6 +15,7 @@ from dataplane.control.ipam import (
     Affinity,
     Allocation,
     Block,
+    Given,
     NoAddressError,
     Pool,
     Rules,
@@ -28,6 +29,7 @@ from dataplane.control.ipam import (
 )
 from dataplane.control.ipam_store import (
     BLOCKS,
+    NODES,
     RETRIES,
     Get,
     List,
@@ -133,10 +135,16 @@ class Claims:
         everything: Iterable[Stored] = yield List(BLOCKS)
         return [held for held in map(held_of, everything) if held is not None]
 
+    def _given(self) -> Steps[list[Network]]:
+        """Return the blocks that nodes have by their files."""
+        nodes: Iterable[Stored] = yield List(NODES)
+        return [cidr for stored in nodes if isinstance(stored.value, Given) for cidr in stored.value.cidrs]
+
     def _claim(self, number: int, now: float, tunnel: bool = False) -> Steps[Held | None]:
         """Make a block the node's: one that does not exist yet, else one that nobody uses; None if there is none."""
         everything = yield from self._all()
         existing = [held.block.cidr for held in everything]
+        existing += yield from self._given()
         for pool in self._pools():
             for cidr in self._unclaimed(pool, existing):
                 if self._useful(new_block(cidr), now, tunnel):

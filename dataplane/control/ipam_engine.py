@@ -184,9 +184,11 @@ class Allocator(Claims):
         if len(own) >= self.rules.max_blocks:
             raise NoAddressError(f"address {address} needs a new block, and {self._limit(len(own))}")
         everything = yield from self._all()
-        for held in everything:
-            if held.block.cidr != cidr and held.block.cidr.overlaps(cidr):
-                raise NoAddressError(f"address {address} needs block {cidr}, which {held.block.cidr} overlaps")
+        others = [held.block.cidr for held in everything if held.block.cidr != cidr]
+        others += yield from self._given()
+        for other in others:
+            if other.version == cidr.version and other.overlaps(cidr):
+                raise NoAddressError(f"address {address} needs block {cidr}, which {other} overlaps")
         yield from self._ensure(cidr, next_number(own), now)
 
     def _take(self, held: Held, allocation: Allocation, now: float) -> Steps[Address | None]:

@@ -6,8 +6,8 @@ from ipaddress import ip_network
 from types import MappingProxyType
 from typing import Any
 
-from dataplane.control.ipam import BLOCK_SIZES, Affinity, Allocation, Block, Pool
-from dataplane.control.ipam_store import BLOCKS, Value
+from dataplane.control.ipam import BLOCK_SIZES, Affinity, Allocation, Block, Given, Pool
+from dataplane.control.ipam_store import BLOCKS, NODES, Value
 from dataplane.control.state import Network, Selector
 
 _HOST = "host:"  # Calico's kind of affinity: there are others
@@ -19,6 +19,7 @@ class BookError(ValueError):
 
 def dump(value: Value) -> str:
     """Return a block or an affinity as text."""
+    assert not isinstance(value, Given), "nodes write their own records"
     return json.dumps(_block_values(value) if isinstance(value, Block) else _affinity_values(value))
 
 
@@ -32,10 +33,12 @@ def load(key: str, text: str) -> Value:
         given = json.loads(text)
         if not isinstance(given, dict):
             raise BookError("expected an object")
+        if key.startswith(NODES):
+            return Given(tuple(ip_network(cidr) for cidr in given.get("podCIDR", ())))
         return _block(given) if key.startswith(BLOCKS) else _affinity(given)
     except KeyError as missing:
         raise BookError(f"{missing.args[0]} is missing") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BookError(str(error)) from None
 
 
@@ -128,7 +131,7 @@ def load_pool(name: str, text: str) -> Pool:
         pool = Pool(name, cidr, size, bool(given.get("disabled")), _selector(selector) if selector else None)
     except KeyError as missing:
         raise BookError(f"{missing.args[0]} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BookError(str(error)) from None
     check_block_size(cidr, size)
     return pool

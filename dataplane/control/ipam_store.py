@@ -8,13 +8,14 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from dataplane.control.ipam import Affinity, Block, IpamError
+from dataplane.control.ipam import Affinity, Block, Given, IpamError
 from dataplane.control.state import Network
 
 RETRIES = 100  # Calico's datastoreRetries: whoever loses as often has no competitor but a bug
 BLOCKS = "blocks/"
+NODES = "nodes/"
 
-Value: TypeAlias = Block | Affinity
+Value: TypeAlias = Block | Affinity | Given
 Result = TypeVar("Result")
 
 
