@@ -338,16 +338,14 @@ def test_what_cannot_be_released_is_released_later(tmp_path, monkeypatch):
     play(tmp_path, scene)
 
 
-def test_an_address_that_is_owed_stays_with_a_container_that_comes_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(attach, "_RETRY_SECONDS", 0.01)
-
+def test_an_address_that_is_owed_stays_with_a_container_that_comes_again(tmp_path):
     async def scene(world: World) -> None:
         await world.call("ADD")
         world.books.failing = IpamError("away")
         await world.call("DEL")
         world.books.failing = None
         await world.call("ADD")
-        await asyncio.gather(*(asyncio.sleep(0.03) for _ in range(2)))
+        await world.attacher._pay(("net", "c1", "eth0"))
         await world.call("ADD", "c2")
         world.assert_attached("c1", "c2")
 
