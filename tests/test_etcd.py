@@ -295,6 +295,15 @@ def test_a_watch_of_what_is_compacted_says_from_where_it_can_go_on(run, prefix, 
     run(work)
 
 
+def test_a_watch_of_a_store_that_was_put_back_is_told_to_list_anew(run, prefix):
+    async def work(client: Etcd) -> None:
+        newest = await client.put(prefix + "a", "1")
+        with pytest.raises(CompactedError, match="not there"):
+            await seen(client, prefix, newest + 1000, 1)
+
+    run(work)
+
+
 def test_a_silent_watch_asks_whether_etcd_is_there(run, prefix, monkeypatch):
     monkeypatch.setattr(etcd, "_SILENT_SECONDS", 0.05)
 

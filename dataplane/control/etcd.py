@@ -51,14 +51,14 @@ class LeaseGoneError(EtcdError):
 
 
 class CompactedError(EtcdError):
-    """The revision that was asked for is forgotten.
+    """The revision that was asked for is forgotten, or not there yet.
 
     Attributes:
-        revision: The oldest one that is not; 0 when etcd did not say.
+        revision: The oldest one that is there; 0 when etcd did not say.
     """
 
     def __init__(self, revision: int) -> None:
-        super().__init__(f"revisions before {revision or 'a newer one'} are compacted")
+        super().__init__(f"revisions before {revision} are compacted" if revision else "the revision is not there")
         self.revision = revision
 
 
@@ -260,7 +260,7 @@ class Etcd:
         the member was asked whether it still is there. Close it (``contextlib.aclosing``) to stop.
 
         Raises:
-            CompactedError: The revision is forgotten: read the whole range again.
+            CompactedError: The revision is forgotten, or the store never had it: read the whole range again.
             UnavailableError: The connection is lost: watch again, from behind the last revision.
         """
         create = {
@@ -288,6 +288,8 @@ class Etcd:
                         yield Events(known, ())
                         continue
                     message = _message(line)
+                    if message.get("created") and _revision(message) < known:
+                        raise CompactedError(0)  # this is not the store that had the revision: it came from a backup
                     parts += (_item(event["kv"]) for event in message.get("events", ()))
                     if message.get("fragment"):
                         continue
@@ -429,7 +431,11 @@ class _Lines:
             UnavailableError: There will be no more.
         """
         while not self._whole:
-            chunk = await asyncio.wait_for(self._content.readany(), _SILENT_SECONDS)
+            try:
+                async with asyncio.timeout(_SILENT_SECONDS):  # wait_for() of Python 3.11 may lose a cancellation
+                    chunk = await self._content.readany()
+            except RuntimeError:  # aiohttp's, for a connection that was closed on this side
+                raise UnavailableError("the connection was closed") from None
             if not chunk and not any(self._parts):
                 raise UnavailableError("the watch was closed")
             chunk = chunk or b"\n"  # the end ends a line, too
@@ -472,6 +478,8 @@ def _reason(error: Exception) -> str:
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError):
         return os.strerror(error.os_error.errno).lower() if error.os_error.errno else str(error.os_error)
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError):
+        return "the connection was cut"
     return str(error).lower() or type(error).__name__
 
 

@@ -38,16 +38,20 @@ class Edits:
         self._prefix = prefix
         self._objects = objects
 
+    def concern(self, name: str, values: tuple[Any, ...], state: DesiredState) -> bool:
+        """Whether an edit is about a service of etcd, or one that is new."""
+        target = _target(name, values)
+        return all(service.origin == "etcd" for service in state.services if service.id == target)
+
     async def carry_out(self, name: str, values: tuple[Any, ...], state: DesiredState) -> Done | None:
         """Carry out an edit of ``config_edit``; None: its service is not etcd's.
 
         Raises:
             MissingError: There is no such service or endpoint.
         """
-        target = f"{values[0]['namespace']}/{values[0]['name']}" if name == "set_service" else str(values[0])
-        known = next((service for service in state.services if service.id == target), None)
-        if known is not None and known.origin != "etcd":
+        if not self.concern(name, values, state):
             return None
+        target = _target(name, values)
         errors = await asyncio.to_thread(self._objects.check_edit, name, values, state)
         if errors:
             return Done(errors=errors)
@@ -131,6 +135,10 @@ class Edits:
 
     def _slice(self, target: str) -> str:
         return f"{self._prefix}/endpoints/{target}/{_SLICE}"
+
+
+def _target(name: str, values: tuple[Any, ...]) -> str:
+    return f"{values[0]['namespace']}/{values[0]['name']}" if name == "set_service" else str(values[0])
 
 
 def _same(one: Any, other: str) -> bool:

@@ -133,7 +133,8 @@ class EtcdSource:
         """Be a member no more; do not wait for an etcd that is away."""
         if self.lease:
             with suppress(EtcdError, TimeoutError):
-                await asyncio.wait_for(self.etcd.revoke(self.lease), _LEAVE_SECONDS)
+                async with asyncio.timeout(_LEAVE_SECONDS):
+                    await self.etcd.revoke(self.lease)
         await self.etcd.close()
 
     # --- the loops ---------------------------------------------------------------------------------------------------
@@ -256,6 +257,8 @@ class EtcdSource:
 
     async def edit(self, name: str, values: tuple[Any, ...], state: DesiredState) -> Reload | None:
         """Carry out an edit of the control API as a transaction; None: it is about a service of the node's file."""
+        if self._edits.concern(name, values, state) and not self.health.connected:
+            return {"applied": [], "errors": [f"etcd is away, edits have to wait: {self.health.error}"]}
         done = await self._edits.carry_out(name, values, state)
         if done is None or done.errors:
             return None if done is None else {"applied": [], "errors": list(done.errors)}
