@@ -1,6 +1,7 @@
 """The announcer on the event loop: its frames leave by the uplink when they are due."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from dataplane.control.announcer import Announcer
@@ -35,6 +36,10 @@ class Announcing:
             self._timer.cancel()
             self._timer = None
 
+    def again(self) -> None:
+        """Tell the LAN anew, since this node could not for a while."""
+        self._sent(self._announcer.repeat(_now()))
+
     def _due(self) -> None:
         self._sent(self._announcer.tick(_now()))
 
@@ -48,4 +53,4 @@ class Announcing:
 
 
 def _now() -> int:
-    return int(asyncio.get_running_loop().time() * 1e9)
+    return time.monotonic_ns()  # the loop's clock, and not as it was when the loop's turn began

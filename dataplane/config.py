@@ -24,6 +24,7 @@ from dataplane.config_checks import Problem, check, path_text
 from dataplane.config_lines import KeyPath, find_lines, line_of
 from dataplane.config_model import File, Section, StateSection, key_name
 from dataplane.config_types import Expect
+from dataplane.control import process
 from dataplane.control import state as desired
 
 if TYPE_CHECKING:
@@ -126,11 +127,12 @@ def _settings(file: File, path: Path | None) -> desired.Settings:
     return desired.Settings(
         state=_state(file),
         path=path,
-        engine=desired.Engine(file.engine.loop, file.engine.batch),
+        engine=process.Engine(file.engine.loop, file.engine.batch),
         socket=Path(file.api.socket or f"/run/dataplane/{file.node.name}.sock"),
         metrics=file.metrics.listen,
-        log=desired.Log(file.log.level, file.log.format),
+        log=process.Log(file.log.level, file.log.format),
         store=_store(file.state),
+        heartbeat=_heartbeat(file),
         cni=file.api.cni,
         ipam=_ipam(file),
     )
@@ -238,6 +240,15 @@ def _shared(
     return tuple(pool_of(pool) for pool in given.ip_address_pools), advertisements, dns_of(file.dns)
 
 
+def _heartbeat(file: File) -> process.Heartbeat:
+    if "cluster" not in file.model_fields_set:
+        return process.Heartbeat()
+    from dataplane.config_cluster import ClusterFile, heartbeat_of
+
+    assert isinstance(file, ClusterFile)
+    return heartbeat_of(file.cluster)
+
+
 def _ipam(file: File) -> "Rules | None":
     if "ipam" not in file.model_fields_set:
         return None
@@ -247,9 +258,9 @@ def _ipam(file: File) -> "Rules | None":
     return rules_of(file.ipam)
 
 
-def _store(given: StateSection) -> desired.Store:
+def _store(given: StateSection) -> process.Store:
     etcd = given.etcd
-    return desired.Store(
+    return process.Store(
         given.source, tuple(etcd.endpoints), etcd.prefix.rstrip("/"), etcd.lease_ttl, given.kubernetes.kubeconfig
     )
 

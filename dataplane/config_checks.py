@@ -58,7 +58,7 @@ def check(file: File, values: dict[str, Any]) -> Iterator[Problem]:
         from dataplane.config_services_checks import check_services
 
         yield from check_services(file)
-    if {"loadBalancer", "dns"} & values.keys():
+    if {"loadBalancer", "dns", "cluster"} & values.keys():
         from dataplane.config_cluster_checks import check_cluster
 
         yield from check_cluster(file)

@@ -13,6 +13,7 @@ from pydantic import Field
 from dataplane.config_model import Labels, Section
 from dataplane.config_services import ServicesFile
 from dataplane.config_types import IP, AddressRange, Duration, HostPort, Interface, Name, number
+from dataplane.control import process
 from dataplane.control import state as desired
 
 
@@ -83,11 +84,21 @@ class DnsSection(Section):
     pods: Literal["disabled", "insecure", "verified"] = "disabled"
 
 
+class ClusterSection(Section):
+    """How nodes hear from each other; the port is memberlist's, which MetalLB has for the same."""
+
+    heartbeat_port: Annotated[int, number(0, 65535, " (0: no heartbeats)")] = 7946
+    heartbeat_interval: Duration = 0.1
+    heartbeat_misses: Annotated[int, number(2, 1000)] = 4
+    secret: str = ""
+
+
 class ClusterFile(ServicesFile):
     """A file with load balancer addresses or cluster DNS."""
 
     load_balancer: LoadBalancerSection = Field(default_factory=LoadBalancerSection)
     dns: DnsSection = Field(default_factory=DnsSection)
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
 
 
 # --- the desired state -----------------------------------------------------------------------------------------------
@@ -131,3 +142,8 @@ def dns_of(given: DnsSection) -> desired.Dns | None:
     if given.cluster_ip is None:
         return None
     return desired.Dns(given.cluster_ip, given.cluster_domain, int(given.ttl), tuple(given.upstreams), given.pods)
+
+
+def heartbeat_of(given: ClusterSection) -> process.Heartbeat:
+    """Return how nodes hear from each other."""
+    return process.Heartbeat(given.heartbeat_port, given.heartbeat_interval, given.heartbeat_misses, given.secret)

@@ -1,4 +1,4 @@
-"""What must fit together in ``[loadBalancer]`` and ``[dns]``."""
+"""What must fit together in ``[loadBalancer]``, ``[dns]`` and ``[cluster]``."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,10 @@ from dataplane.config_cluster import ClusterFile
 from dataplane.config_dns_checks import check_dns
 from dataplane.config_lines import KeyPath
 from dataplane.config_model import File
+from dataplane.control.claims import SHARED_PORTS
 from dataplane.control.state import Address
 
+_SHORTEST, _LONGEST = 0.02, 10.0  # seconds between heartbeats: a loop has other work, too; and a minute is no failover
 _POOLS, _ADVERTISEMENTS = ("loadBalancer", "ipAddressPools"), ("loadBalancer", "l2Advertisements")
 
 
@@ -18,6 +20,20 @@ def check_cluster(file: File) -> Iterator[Problem]:
     yield from _pools(file)
     if "dns" in file.model_fields_set:
         yield from check_dns(file)
+    yield from _heartbeats(file)
+
+
+def _heartbeats(file: ClusterFile) -> Iterator[Problem]:
+    given, at = file.cluster, ("cluster", "heartbeatPort")
+    port, interval = given.heartbeat_port, given.heartbeat_interval
+    if port and port == file.vxlan.port:
+        yield Problem(at, f"is also vxlan.port (got {port})", ("vxlan.port",))
+    low, high = file.pods.nat_port_range or SHARED_PORTS
+    if file.uplink.shared and low <= port <= high:
+        yield Problem(at, f"is a port that pods are masqueraded with: {low}-{high} (got {port})", ("pods", "uplink"))
+    if not _SHORTEST <= interval <= _LONGEST:
+        text = f"expected {_SHORTEST * 1000:.0f}ms to {_LONGEST:.0f}s (got {interval:g}s)"
+        yield Problem(("cluster", "heartbeatInterval"), text)
 
 
 def _pools(file: ClusterFile) -> Iterator[Problem]:

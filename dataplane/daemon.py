@@ -21,12 +21,14 @@ import uvloop
 
 from dataplane import jit, pipeline
 from dataplane.control.cluster import Cluster
+from dataplane.control.process import Log
 from dataplane.control.source import Source, SourceError
-from dataplane.control.state import Log, Settings
+from dataplane.control.state import Settings
 from dataplane.devices import journal
 from dataplane.devices.device import DeviceError
 from dataplane.devices.namespace import NamespaceError
 from dataplane.devices.netlink import NetlinkError
+from dataplane.failover import open_failover
 from dataplane.follow import Follower, open_source
 from dataplane.node import Node
 from dataplane.tables.result import TableFullError
@@ -91,6 +93,7 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
     follower = Follower(node, source) if source is not None else None
     attacher = _attacher(node)
     resolver = _resolver(node, follower)
+    failover = open_failover(node, settings)
     try:
         if follower is not None and not await _joined(follower, node):
             return 0
@@ -99,6 +102,8 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
         await node.start()
         if follower is not None:
             follower.start()
+        if failover is not None:
+            failover.start()
         gc.freeze()
         gc.enable()
         log.info("ready node=%s pods=%d", settings.state.node.name, len(settings.state.pods))
@@ -112,6 +117,8 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
         notify("STOPPING=1")
         if attacher is not None:
             await attacher.stop()
+        if failover is not None:
+            await failover.stop()
         if follower is not None:
             await follower.stop()
         await node.stop()

@@ -15,7 +15,7 @@ import numpy as np
 from dataplane import pipeline
 from dataplane.announce import Announcing
 from dataplane.apply import UNDERLAY, UPLINK
-from dataplane.batch import TUNNEL_PORT_HIGH, TUNNEL_PORT_LOW
+from dataplane.batch import ANNOUNCE_UNTIL, TUNNEL_PORT_HIGH, TUNNEL_PORT_LOW
 from dataplane.control.announcer import Announcer
 from dataplane.control.claims import Claims
 from dataplane.control.state import DesiredState
@@ -60,7 +60,7 @@ class Underlay:
         self._monitor = Monitor()
         self._index = link.index
         self.on_link = _on_link(state, link)
-        self._announcing = Announcing(Announcer(link.mac), self._send)
+        self._announcing = Announcing(Announcer(link.mac, self._is_owner), self._send)
         try:
             self._open(link)
         except BaseException:
@@ -148,6 +148,14 @@ class Underlay:
             self._reopen(link)
         if self._known_by not in (was, 0):
             self._announcing.repeat(link.mac)
+
+    def announce(self) -> None:
+        """Tell the LAN anew what this node answers for."""
+        self._announcing.again()
+
+    def _is_owner(self, now: int) -> bool:
+        until = int(self._engine.tables.settings[ANNOUNCE_UNTIL])
+        return until == 0 or now < until
 
     @property
     def _known_by(self) -> int:

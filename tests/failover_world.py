@@ -17,6 +17,7 @@ from itertools import count
 from dataplane.control.election import winner
 from dataplane.control.heartbeat import Heartbeats
 from dataplane.control.ownership import Claim, Ownership, Write
+from dataplane.control.state import Address
 
 MS = 1_000_000
 SECOND = 1000 * MS
@@ -30,18 +31,19 @@ class Store:
     """What etcd holds: claims, members, leases."""
 
     revision: int = 1
-    claims: dict[IPv4Address, Claim] = field(default_factory=dict)
+    claims: dict[Address, Claim] = field(default_factory=dict)
     members: dict[str, int] = field(default_factory=dict)  # name to lease
     leases: dict[int, int] = field(default_factory=dict)  # to when it ends
     numbers: "count[int]" = field(default_factory=lambda: count(100))
-    log: list[tuple[int, IPv4Address | None, Claim | None, frozenset[str]]] = field(default_factory=list)
+    log: list[tuple[int, Address | None, Claim | None, frozenset[str]]] = field(default_factory=list)
 
-    def note(self, address: IPv4Address | None = None) -> int:
+    def note(self, address: Address | None = None) -> int:
         """Begin a new revision, in which a claim or the members have changed."""
         self.revision += 1
-        if address in self.claims:
+        if address is not None and address in self.claims:
             self.claims[address] = self.claims[address]._replace(revision=self.revision)
-        self.log.append((self.revision, address, self.claims.get(address), frozenset(self.members)))
+        claim = self.claims.get(address) if address is not None else None
+        self.log.append((self.revision, address, claim, frozenset(self.members)))
         return self.revision
 
 
@@ -53,7 +55,7 @@ class Site:
         self.beats = Heartbeats(name, 1 + world.now, world.now)
         self.own = Ownership(self.beats)
         self.fence = 1
-        self.answers: frozenset[IPv4Address] = frozenset()
+        self.answers: frozenset[Address] = frozenset()
         self.alive, self.stopped = True, False
         self.waiting: list[Callable[[], None]] = []
         self.applying = self.reading = False

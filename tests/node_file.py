@@ -43,7 +43,7 @@ gatewayMAC = "ee:ee:ee:ee:ee:ee"
 interfacePrefix = "cali"
 proxyARP = true
 natOutgoing = true
-natPortRange = "1024-65535"
+natPortRange = "10240-65535"
 natRandomFully = true
 offload = ["csum", "tso4", "tso6", "uso"]
 [[pods.static]]

@@ -12,7 +12,8 @@ from dataplane.config import ConfigError, load, parse
 from dataplane.config_cluster import ClusterFile, DnsSection
 from dataplane.config_model import CaptureSection, key_name
 from dataplane.config_services import balancing_of, service_of
-from dataplane.control.state import Engine, Log, PodNetwork, StaticRoute, Uplink, pod_mac, vtep_mac
+from dataplane.control.process import Engine, Log
+from dataplane.control.state import PodNetwork, StaticRoute, Uplink, pod_mac, vtep_mac
 from tests.node_file import EVERY_KEY, NODE, errors
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,7 @@ LAYERS = [
     {"report_services"},
     {"underlay", "host", "report"},
     {"node"},
-    {"follow", "forward", "addresses"},
+    {"failover", "follow", "forward", "addresses"},
     {"attach", "resolver"},
     {"daemon"},
     {"lab_plan", "lab_serve"},

@@ -30,6 +30,7 @@ from dataplane.control.edits import (
     Source,
     describe,
 )
+from dataplane.control.process import Engine, Log
 from dataplane.control.reconcile import plan, process_keys
 from dataplane.control.routing import routes
 from dataplane.control.services import Destination, ServerKey, VirtualServer, virtual_servers
@@ -37,8 +38,6 @@ from dataplane.control.state import (
     Address,
     Balancing,
     DesiredState,
-    Engine,
-    Log,
     Network,
     Node,
     Peer,

@@ -10,10 +10,11 @@ The node's own addresses on an uplink that is ours alone are announced in the sa
 """
 
 import struct
+from collections.abc import Callable
 from ipaddress import IPv4Address
 
 from dataplane.control.election import announced
-from dataplane.control.state import DesiredState
+from dataplane.control.state import Address, DesiredState
 
 SECOND = 1_000_000_000
 REPEAT_NS = 1_100_000_000
@@ -43,10 +44,15 @@ class Announcer:
     Attributes:
         mac: The uplink's; what is sent next has the new one.
         sent: How many frames were handed out (``metallb_layer2_gratuitous_sent``).
+
+    Args:
+        is_owner: Whether the node still is the owner of what may move, as stages/arp.py asks; if not, nothing is said.
     """
 
-    def __init__(self, mac: int) -> None:
+    def __init__(self, mac: int, is_owner: Callable[[int], bool] = lambda now: True) -> None:
         self.mac = mac
+        self._is_owner = is_owner
+        self._fixed: frozenset[Address] = frozenset()
         self.sent = 0
         self._since: dict[IPv4Address, int] = {}
         self._due: dict[IPv4Address, int] = {}
@@ -64,6 +70,7 @@ class Announcer:
     def update(self, state: DesiredState, now: int) -> list[bytes]:
         """Take over a new state; return the frames to send now. Addresses that stay keep their times."""
         wanted = announced(state)
+        self._fixed = frozenset(state.node.addresses)
         for address in self.owned - wanted:
             del self._since[address], self._due[address]
         for address in wanted - self.owned:
@@ -84,6 +91,7 @@ class Announcer:
             if following <= now:
                 following = now + REPEAT_NS
             self._due[address] = following if following - self._since[address] <= BURST_NS else now + PERIOD_NS
-        frames = [frame for address in due for frame in gratuitous(self.mac, address)]
+        told = due if self._is_owner(now) else [address for address in due if address in self._fixed]
+        frames = [frame for address in told for frame in gratuitous(self.mac, address)]
         self.sent += len(frames)
         return frames

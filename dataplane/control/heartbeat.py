@@ -5,9 +5,9 @@ five that follow it on a ring by the hashes of the names (a node's traffic does 
 answers each beat. The answer is a *promise*: it will not call the sender silent before ``Timing.silence_ns`` have gone
 by, which the sender counts from when it sent the beat, so no clock is compared with another.
 
-A watcher that has heard nothing for so long calls the node silent, tells everybody, and asks the node's other watchers.
-Only what more than half of them say counts, among those that can be heard: a loss in one direction moves nothing. A node
-whose own loop stood still believes its ears only after it has listened anew.
+A watcher that has heard nothing for so long calls the node silent, tells everybody, and asks the node's other
+watchers. Only what more than half of them say counts, among those that can be heard: a loss in one direction moves
+nothing. A node whose own loop stood still believes its ears only after it has listened anew.
 
 *Convicting* a node is stricter, since it lets somebody take what the node may still use: more than half of all its
 watchers must have said so in answer to a question that was asked after a given time, and each that has said so gives
@@ -397,9 +397,8 @@ class Heartbeats:
         for subject in sorted(subjects):
             self._number += 1
             self._asked[self._number] = subject, now
-            for name in watchers(subject, self.members):
-                if name in self._peers:
-                    sends.append(self._message(self._peers[name], Kind.QUERY, 0, self._number, subject))
+            asked = [self._peers[name] for name in watchers(subject, self.members) if name in self._peers]
+            sends += [self._message(peer, Kind.QUERY, 0, self._number, subject) for peer in asked]
         while len(self._asked) > _REMEMBERED:
             del self._asked[next(iter(self._asked))]
         return sends

@@ -27,8 +27,8 @@ In the first two rows the node is *certain*, up to the end of its lease; the oth
 Why two nodes never answer for one address while both reach the store. Let B take A's claim, having decided so at the
 moment k. More than half of A's watchers gave no promise at k, so A's fence was not open by the first row then. Nor by
 the second: B wrote itself in at least ``GRACE_NS`` before k, so a read that still covered k had begun later and showed
-it. So the fence was closed at k, and the first row opens no fence that was closed. A read that begins after k shows B as
-owner or as successor; in the second case A strikes it out, or B has taken the claim: the store lets one of the two
+it. So the fence was closed at k, and the first row opens no fence that was closed. A read that begins after k shows B
+as owner or as successor; in the second case A strikes it out, or B has taken the claim: the store lets one of the two
 succeed. B begins to answer when it knows that it was the one.
 
 Nothing here compares clocks of two machines; they only have to run equally fast, within a part in ten.
@@ -96,6 +96,7 @@ class Ownership:
     Attributes:
         lease: This node's; 0: it has none now, and writes nothing.
         claims: What the store says, as far as is known.
+        leaving: It gives everything up.
         elected: Who should answer for each address; "" is nobody.
     """
 
@@ -112,7 +113,7 @@ class Ownership:
     _certain: int = 0
     _confirmed: int | None = None
     _failing: int | None = None
-    _leaving: bool = False
+    leaving: bool = False
 
     @property
     def name(self) -> str:
@@ -189,7 +190,7 @@ class Ownership:
 
     def _write(self, address: Address, now: int, pursued: set[str]) -> Write | None:
         claim = self.claims.get(address)
-        elected = "" if self._leaving else self.elected.get(address, "")
+        elected = "" if self.leaving else self.elected.get(address, "")
         if claim is None:
             return self._without_a_claim(address, elected, now, pursued)
         if claim.node == self.name:
@@ -255,7 +256,7 @@ class Ownership:
 
     def _owner(self, address: Address) -> str:
         claim = self.claims.get(address)
-        if claim is None or (claim.node == self.name and (self._leaving or self.elected.get(address) != self.name)):
+        if claim is None or (claim.node == self.name and (self.leaving or self.elected.get(address) != self.name)):
             return ""
         return claim.node
 
@@ -265,7 +266,7 @@ class Ownership:
 
     def leave(self) -> None:
         """Give everything up."""
-        self._leaving = True
+        self.leaving = True
 
     @property
     def left(self) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from ipaddress import ip_address
 from typing import Protocol
 
@@ -61,6 +61,7 @@ class Claims:
         self._clock = clock
         self._leases: dict[str, int] = {}
         self._broken: set[str] = set()
+        self._met = asyncio.Event()
 
     async def run(self, listener: Listener) -> None:
         """Follow claims, members and the lease until cancelled."""
@@ -116,6 +117,7 @@ class Claims:
             self._leases.pop(name, None)
             if not item.deleted:
                 self._leases[name] = item.lease
+        self._met.set()
         listener.members_changed(frozenset(self._leases))
 
     async def _keep_lease(self, listener: Listener) -> None:
@@ -125,9 +127,12 @@ class Claims:
             began = self._clock()
             left = await self._keep(lease) if lease else 0
             listener.lease_kept(lease if left else 0, began + left * 1_000_000_000 if left else 0)
-            due = self._clock() + int(left / _KEEP_PART * 1e9)
-            while self._leases.get(self._name, 0) == lease and (not lease or self._clock() < due):
-                await asyncio.sleep(_RETRY_SECONDS / 4)
+            self._met.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left / _KEEP_PART or _RETRY_SECONDS):
+                    while self._leases.get(self._name, 0) == lease:
+                        await self._met.wait()
+                        self._met.clear()
 
     async def _keep(self, lease: int) -> int:
         try:

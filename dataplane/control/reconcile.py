@@ -109,6 +109,7 @@ def process_keys(old: Settings, new: Settings) -> tuple[str, ...]:
         "metrics.listen": (old.metrics, new.metrics),
         "log": (old.log, new.log),
         "state": (old.store, new.store),
+        "cluster": (old.heartbeat, new.heartbeat),
         "api.cni": (old.cni, new.cni),
         "dns.clusterIP": (old.state.dns is None, new.state.dns is None),
     }

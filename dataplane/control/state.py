@@ -15,6 +15,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from dataplane.control.process import Engine, Heartbeat, Log, Store
+
 if TYPE_CHECKING:
     from dataplane.control.ipam import Rules
 
@@ -444,40 +446,6 @@ class DesiredState:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """How the process runs. ``batch`` is the number of packets per burst."""
-
-    loop: Literal["uvloop", "asyncio"] = "uvloop"
-    batch: int = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """What is logged and how."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """Where the state of the cluster comes from, beside the node's own file.
-
-    Attributes:
-        endpoints: etcd's client URLs.
-        prefix: Of all keys in etcd.
-        lease_ttl: Seconds after which etcd forgets a member that is silent.
-        kubeconfig: A file's path; "": the pod's service account.
-    """
-
-    source: Literal["static", "etcd", "kubernetes"] = "static"
-    endpoints: tuple[str, ...] = ("http://127.0.0.1:2379",)
-    prefix: str = "/dataplane/v1"
-    lease_ttl: float = 10.0
-    kubeconfig: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """A whole configuration file: the desired state, and what concerns the process only.
 
@@ -486,15 +454,17 @@ class Settings:
         socket: The control API's unix socket.
         metrics: Where ``/metrics`` listens, (host, port); None when off.
         cni: The control socket serves the CNI plugin, too.
+        heartbeat: How nodes find out that one of them is dead.
         ipam: How pods get addresses; None: as Calico's defaults say, from pools that the store has.
     """
 
     state: DesiredState
     path: Path | None = None
-    engine: Engine = Engine()
+    engine: Engine = field(default_factory=Engine)
     socket: Path = Path("/run/dataplane/node.sock")
     metrics: tuple[str, int] | None = None
-    log: Log = Log()
-    store: Store = Store()
+    log: Log = field(default_factory=Log)
+    store: Store = field(default_factory=Store)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     cni: bool = False
     ipam: "Rules | None" = None

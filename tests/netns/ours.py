@@ -20,9 +20,12 @@ def member(network: Network, number: int, address: str = "") -> Member:
 
 def config(
     me: Member, pods: Mapping[str, str], peers: Sequence[Member] = (), *, mode: str = "Always", uplink: bool = True,
-    routes: Mapping[str, str] | None = None,
+    routes: Mapping[str, str] | None = None, heartbeats: int = 0,
 ) -> str:  # fmt: skip
-    """Return the file of a node with these pods (address by short name), peers and routes (gateway by prefix)."""
+    """Return the file of a node with these pods (address by short name), peers and routes (gateway by prefix).
+
+    ``heartbeats`` is their port; without, a peer that does not run counts as one that does.
+    """
     lines = ['apiVersion = "dataplane/v1"', 'kind = "Node"', "[node]", f'name = "{me.name}"']
     if uplink:
         lines += [f'addresses = ["{me.address}"]', "[uplink]", 'interface = "eth0"', 'mode = "af_packet"']
@@ -32,6 +35,8 @@ def config(
         lines += ["[[pods.static]]", f'name = "{name}"', f'netns = "{{prefix}}{name}"', f'ip = ["{address}"]']
     for peer in peers:
         lines += ["[[peers]]", f'name = "{peer.name}"', f'address = "{peer.address}"', f'podCIDR = ["{peer.block}"]']
+    if peers:
+        lines += ["[cluster]", f"heartbeatPort = {heartbeats}"]
     for destination, gateway in (routes or {}).items():
         lines += ["[[routes]]", f'dst = "{destination}"', f'via = "{gateway}"']
     return "\n".join([*lines, ""])
