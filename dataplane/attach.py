@@ -170,7 +170,6 @@ class Attacher:
 
     async def _make(self, draft: Draft) -> Attachment:
         key = draft.attachment.key
-        self._owed.discard(key)
         attachment = draft.with_address(await self._assign(draft))
         try:
             await self._carry_out(_Change((attachment,), draft.replaces))
@@ -336,7 +335,7 @@ class Attacher:
         held = await self.addresses.held()
         for handle in held:
             key = cni.key_of_handle(node, handle)
-            if key is not None and key not in self._attached and key not in self._busy:
+            if key is not None and key not in self._attached:
                 self._owed.add(key)
         for key, each in self._attached.items():
             if held.get(cni.handle_of(node, key)) != each.address and key not in self._busy:
@@ -345,11 +344,11 @@ class Attacher:
 
     async def _pay(self, key: Key) -> None:
         async with self._alone(key):
-            if key in self._owed:  # an ADD that came first has the address now
+            if key not in self._attached:  # by an ADD that came first
                 node = self._node.settings.state.node.name
                 await self.addresses.release(cni.handle_of(node, key), time.time())
-                self._owed.discard(key)
                 log.info("address released container=%s", key[1])
+            self._owed.discard(key)
 
 
 def _answer(batch: list[tuple[_Change, asyncio.Future[None]]], failure: Exception | None) -> None:

@@ -352,6 +352,20 @@ def test_an_address_that_is_owed_stays_with_a_container_that_comes_again(tmp_pat
     play(tmp_path, scene)
 
 
+def test_what_is_being_attached_is_not_taken_for_left_over(tmp_path):
+    async def scene(world: World) -> None:
+        world.node.turn.clear()
+        adding = asyncio.ensure_future(world.call("ADD"))
+        await until(lambda: world.node.refreshes == 1)
+        await world.attacher._sweep()
+        paying = asyncio.ensure_future(world.attacher._pay(("net", "c1", "eth0")))
+        world.node.turn.set()
+        await asyncio.gather(adding, paying)
+        world.assert_attached("c1")
+
+    play(tmp_path, scene)
+
+
 # --- the next start --------------------------------------------------------------------------------------------------
 
 
