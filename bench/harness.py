@@ -44,6 +44,7 @@ from dataplane.jit import cache_home
 BATCHES = (1, 16, 64, 256)
 NS = "ns"  # the unit of a timed case: nanoseconds per operation, less is better
 US = "us"  # a latency that the callables return, less is better
+MIB = "MiB"  # memory that the callables return, less is better
 OURS = "ours"
 _ROUND_NS = 2_000_000  # a round's share of each callable: long against the clock, short against a time slice
 _ROUNDS = 41
@@ -81,7 +82,7 @@ class Case:
     @property
     def less_is_better(self) -> bool:
         """Whether figures are times; a mark is then the largest ratio, else the smallest."""
-        return self.unit in (NS, US)
+        return self.unit in (NS, US, MIB)
 
     @property
     def name(self) -> str:
