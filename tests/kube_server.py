@@ -1,13 +1,13 @@
 """A server of the Kubernetes API as far as the documentation describes it, for tests and for trying things out.
 
-    python -m tests.kube_server --listen 192.0.2.5:6443 --control /tmp/control.sock [--token T] [--compact-every N]
+    python -m tests.kube_server --listen 192.0.2.5:6443 --control /tmp/control.sock
 
 Real HTTP, real chunked watches: lists in pages, bookmarks, history that ends (410 Gone, as an answer or as an event),
 watchers that read too slowly and are dropped, restarts, throttling, tokens, conflicts, the status subresource. What is
 stored and remembered is `kube_store`; here is how it is asked for.
 
 On the control socket the same API is served, without a token, and besides ``POST /control/compact``,
-``/control/restart`` and ``/control/throttle?count=N``.
+``/control/restart?seconds=N``, ``/control/cut`` and ``/control/throttle?count=N``.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from aiohttp import web
 
 from tests.kube_store import KINDS, Kind, Object, Selector, StatusError, Store, events_of, shown
 
+SHORT = {"services": ["svc"], "nodes": ["no"], "namespaces": ["ns"], "pods": ["po"], "events": ["ev"]}
 QUEUE = 1000  # events that a watcher may be behind
 
 
@@ -318,6 +319,7 @@ class KubeServer:
             if kind.group != group or version not in self.store.served(kind):
                 continue
             words = {"kind": kind.kind, "namespaced": kind.namespaced, "singularName": kind.kind.lower()}
+            words |= {"shortNames": SHORT[kind.plural]} if kind.plural in SHORT else {}
             verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
             found.append(words | {"name": kind.plural, "verbs": verbs})
             if kind.status:
@@ -367,10 +369,14 @@ def _bare(item: Object) -> Object:
     return {key: value for key, value in item.items() if key not in ("kind", "apiVersion")}
 
 
-async def serve(listen: str, control: str, token: str) -> None:
+async def serve(listen: str, control: str, token: str, certificate: str) -> None:
     """Serve until the process ends."""
     host, _, port = listen.rpartition(":")
-    server = KubeServer(port=int(port), token=token, bookmark_seconds=1.0)
+    tls = None
+    if certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(certificate)
+    server = KubeServer(port=int(port), token=token, tls=tls, bookmark_seconds=1.0)
     await server.start(host)
     runner = web.AppRunner(server.app(control=True), access_log=None)
     await runner.setup()
@@ -384,5 +390,6 @@ if __name__ == "__main__":
     parser.add_argument("--listen", required=True, help="address:port")
     parser.add_argument("--control", required=True, help="a unix socket")
     parser.add_argument("--token", default="", help="that clients have to show")
+    parser.add_argument("--certificate", default="", help="a file with the server's certificate and key: HTTPS")
     given = parser.parse_args()
-    asyncio.run(serve(given.listen, given.control, given.token))
+    asyncio.run(serve(given.listen, given.control, given.token, given.certificate))

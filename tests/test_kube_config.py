@@ -116,6 +116,10 @@ REFUSED = {
         config({"certificate-authority-data": "?"}, {}),
         "certificate-authority-data: expected PEM in base64",
     ),
+    "token in clear": (
+        config({"server": "http://192.0.2.5"}, {"token": "t"}),
+        "users[u]: a token is sent over https only",
+    ),
     "no file": (config({"certificate-authority": "no.pem"}, {}), "certificate-authority cannot be read: No such file"),
     "a list": ([1], "expected a kubeconfig"),
     "a number": (config({}, {"token": 7}), "users[u].token: expected a string (got 7)"),

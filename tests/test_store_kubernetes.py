@@ -330,6 +330,25 @@ def test_the_health_says_since_when_the_server_is_away():
     asyncio.run(whole())
 
 
+def test_when_one_collection_answers_again_the_others_are_asked_at_once(monkeypatch):
+    async def whole():
+        async with serving(*BASIS) as server, following(server) as found:
+            monkeypatch.setattr(Backoff, "LONGEST", 3600.0)
+            monkeypatch.setattr(Backoff, "FIRST", 0.01)
+            await server.stop()
+            await eventually(lambda: not found.source.health.connected)
+            first, *others = found.source._reflectors
+            monkeypatch.setattr(Backoff, "FIRST", 3600.0)
+            monkeypatch.setattr(first._backoff, "failed", lambda _: 0.01)
+            for _ in range(4):  # the others have failed once more, and would wait for an hour
+                await eventually(lambda: all(each.link.error for each in others))
+                await asyncio.sleep(0.02)
+            await server.start()
+            await eventually(lambda: found.source.health.connected)
+
+    asyncio.run(whole())
+
+
 def test_an_edit_of_the_control_api_is_refused_with_the_tool_to_use():
     async def whole():
         async with serving(*BASIS) as server, following(server) as found:

@@ -202,6 +202,8 @@ class _Document:
             raise KubeconfigError(f"{self.path}: {cluster_at}.server: expected a URL (got {server!r})")
         token = self.text(user, "token", f"{user_at}.token")
         token_file = self.text(user, "tokenFile", f"{user_at}.tokenFile")
+        if (token or token_file) and not server.startswith("https:"):
+            raise KubeconfigError(f"{self.path}: {user_at}: a token is sent over https only, as kubectl does")
         certificate = self._pem(user, "client-certificate", user_at)
         key = self._pem(user, "client-key", user_at)
         if bool(certificate) != bool(key):

@@ -224,6 +224,8 @@ class Reflector(Generic[T]):
         self._parameters = dict(parameters or {})
         self._news = news
         self._backoff = backoff or Backoff()
+        self._hurry = asyncio.Event()
+        self._patient = True
         self.link = Link()
 
     async def run(self) -> None:
@@ -234,7 +236,17 @@ class Reflector(Generic[T]):
                     await self._list()
                 await self._watch()
             except KubeError as error:
-                await asyncio.sleep(self._failed(error))
+                pause = self._failed(error)
+                self._patient = not isinstance(error, AwayError)
+                self._hurry.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._hurry.wait()
+
+    def hurry(self) -> None:
+        """Wait no longer for a server that was away: it has answered somebody else."""
+        if not self._patient:
+            self._hurry.set()
 
     def _failed(self, error: KubeError) -> float:
         """Take note of a failure; return how many seconds to wait."""

@@ -62,6 +62,7 @@ class KubernetesSource:
         self._news = asyncio.Event()
         self._handed: Cluster | None = None
         self._link = Link()
+        self._answered = 0
         self._reflectors = self._made()
         self._writer = Writer(
             self._api, self.view, self._name, self._access.namespace, lambda: self._settings.state.pools
@@ -212,6 +213,11 @@ class KubernetesSource:
 
     def _look(self) -> None:
         """Note how the connections are doing, and say when that changes."""
+        answered = sum(reflector.link.connected for reflector in self._reflectors)
+        if answered > self._answered:
+            for reflector in self._reflectors:
+                reflector.hurry()
+        self._answered = answered
         errors = [reflector.link.error for reflector in self._reflectors if not reflector.link.connected]
         error = next(filter(None, errors), _NOT_ASKED) if errors else ""
         connected = self._link.connected
