@@ -163,7 +163,23 @@ def test_clients_that_take_the_first_address_are_spread():
     responder = Responder(ZONES["disabled"])
     data = question("hdls.testns.svc.cluster.local")
     firsts = [str(DNSRecord.parse(taken(responder, data)).rr[0].rdata) for _ in range(8)]
-    assert firsts == [f"10.244.1.{number}" for number in (12, 13, 14, 15)] * 2
+    assert firsts == firsts[:4] * 2
+    assert sorted(firsts[:4]) == [f"10.244.1.{number}" for number in (12, 13, 14, 15)]
+
+
+def test_clients_whose_every_question_is_another_are_spread_too():
+    responder = Responder(ZONES["disabled"])
+    cookies = (question("hdls.testns.svc.cluster.local") + number.to_bytes(8) for number in range(8))
+    firsts = [str(DNSRecord.parse(taken(responder, data)).rr[0].rdata) for data in cookies]
+    assert sorted(firsts) == sorted([f"10.244.1.{number}" for number in (12, 13, 14, 15)] * 2)
+
+
+def test_more_addresses_than_orders_are_begun_with_all_over():
+    services = (service("many", endpoints=[f"10.244.2.{number}" for number in range(64)]),)
+    responder = Responder(zone(replace(STATE, services=services)))
+    data = question("many.testns.svc.cluster.local", size=1232)
+    firsts = {str(DNSRecord.parse(taken(responder, data)).rr[0].rdata) for _ in range(17)}
+    assert firsts >= {f"10.244.2.{number}" for number in range(4, 64, 4)}
 
 
 def test_what_leads_to_addresses_stays_in_front_of_them():

@@ -127,14 +127,23 @@ class Asked(NamedTuple):
 class _Kept:
     """The answer to one question, as bytes without the number, in as many orders as were wanted; how often it was."""
 
-    __slots__ = ("asked", "found", "given", "orders", "query", "size")
+    __slots__ = ("asked", "found", "given", "orders", "query", "turn")
 
-    def __init__(self, query: Query, found: Found, asked: Asked, made: bytes) -> None:
+    def __init__(self, query: Query, found: Found, asked: Asked) -> None:
         self.query, self.found, self.asked = query, found, asked
-        orders = min(max(_addresses(found.answers), 1), _ORDERS)
-        self.orders: list[bytes] = [made[2:], *[b""] * (orders - 1)]
-        self.given = 1
-        self.size = orders * len(made)
+        self.orders = [b""] * _orders(found)
+        self.given = self.turn = 0
+
+
+def _orders(found: Found) -> int:
+    """Return in how many orders an answer is kept."""
+    return min(max(_addresses(found.answers), 1), _ORDERS)
+
+
+def _start(found: Found, turn: int) -> int:
+    """Return which address comes first in one of these orders; they begin as far from one another as can be."""
+    orders = _orders(found)
+    return turn % orders * _addresses(found.answers) // orders
 
 
 class Responder:
@@ -154,7 +163,7 @@ class Responder:
         self.durations = [0] * (len(BUCKETS) + 1)
         self.duration_sum = 0.0
         self._kept: dict[Transport, dict[bytes, _Kept]] = {"udp": {}, "tcp": {}}
-        self._bytes = 0
+        self._bytes = self._turn = 0
         self._requests: Counter[Asked] = Counter()
         self._responses: Counter[str] = Counter()
 
@@ -170,12 +179,12 @@ class Responder:
         kept = self._kept[transport].get(data[2:])
         if kept is None:
             return self._respond(data, transport)
-        turn = kept.given % len(kept.orders)
         kept.given += 1
+        kept.turn = turn = (kept.turn + 1) % len(kept.orders)
         return data[:2] + (kept.orders[turn] or self._order(kept, turn, transport))
 
     def _order(self, kept: _Kept, turn: int, transport: Transport) -> bytes:
-        made = _pack(kept.query, kept.found, self.zone, transport, turn)
+        made = _pack(kept.query, kept.found, self.zone, transport, _start(kept.found, turn))
         assert isinstance(made, bytes)
         kept.orders[turn] = made[2:]
         return made[2:]
@@ -193,9 +202,11 @@ class Responder:
         verdict = judge(query, self.zone)
         made: bytes | Forward
         if isinstance(verdict, Found):
-            made = _pack(query, verdict, self.zone, transport, 0)
+            # Not always the first: a client's cookie (RFC 7873) makes each of its questions a new one.
+            self._turn += 1
+            made = _pack(query, verdict, self.zone, transport, _start(verdict, self._turn))
             if isinstance(made, bytes):
-                self._keep(data[2:], _Kept(query, verdict, asked, made), transport)
+                self._keep(data[2:], _Kept(query, verdict, asked), made, transport)
                 return made
         elif verdict is None:
             made = Forward(query, query.name, (), transport)
@@ -205,8 +216,10 @@ class Responder:
         self._requests[asked] += 1
         return made
 
-    def _keep(self, key: bytes, kept: _Kept, transport: Transport) -> None:
-        size = kept.size + 2 * len(key)  # the question is in there, too
+    def _keep(self, key: bytes, kept: _Kept, made: bytes, transport: Transport) -> None:
+        kept.given, kept.turn = 1, self._turn % len(kept.orders)
+        kept.orders[kept.turn] = made[2:]
+        size = len(kept.orders) * len(made) + 2 * len(key)  # the question is in there, too
         if self._bytes + size > _BYTES or len(self._kept[transport]) >= _KEPT:
             self.forget()
         self._bytes += size

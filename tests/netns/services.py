@@ -222,10 +222,12 @@ def make_cluster(
     shared: bool = True,
     others: Sequence[tuple[Namespace, str]] = (),
     gateway: str = EXT,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Cluster:
     """Start as many nodes as ``pods`` has elements, each with these pods (address by name).
 
-    ``others`` are on the LAN, too; ``gateway`` is where the nodes send what they have no route for.
+    ``others`` are on the LAN, too; ``gateway`` is where the nodes send what they have no route for; ``sections`` are
+    more ones of their files.
     """
     members = [ours.member(network, number) for number in range(1, len(pods) + 1)]
     made = Cluster(network, members, network.namespace("ext"))
@@ -246,6 +248,7 @@ def make_cluster(
         text = with_services(text, balancing=balancing or BALANCING, static=static, shared=shared)
         if not shared:
             text += f'[[routes]]\ndst = "{LAN}"\n'  # no address of an interface tells it
+        text += "".join(section("", name, keys) for name, keys in (sections or {}).items())
         made.nodes.append(network.node(host, me.name.removeprefix(network.prefix), text))
     for process in [node.launch() for node in made.nodes]:
         process.expect(r"\bready\b", READY_TIMEOUT)
