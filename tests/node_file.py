@@ -136,6 +136,11 @@ clusterIP = "10.96.0.10"
 ttl = "5s"
 upstreams = ["192.0.2.53", "192.0.2.54:5353"]
 pods = "insecure"
+[ipam]
+strictAffinity = false
+maxBlocksPerHost = 20
+cooldown = "0s"
+reservations = ["10.244.1.128/28", "10.244.1.9"]
 [[networkPolicies]]
 name = "allow-web"
 namespace = "default"

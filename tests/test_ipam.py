@@ -22,7 +22,7 @@ from dataplane.control.ipam import (
 )
 from dataplane.control.ipam_engine import Allocator
 from dataplane.control.ipam_json import BookError, check_block_size, dump, dump_pool, load, load_pool
-from dataplane.control.ipam_store import MemoryStore, Swap, affinity_key, block_key
+from dataplane.control.ipam_store import Get, MemoryStore, Swap, affinity_key, block_key
 from dataplane.control.state import Selector
 
 POOL = Pool("default", ip_network("10.244.0.0/26"), 28)
@@ -153,6 +153,25 @@ def test_a_first_block_whose_first_address_is_taken_is_put_behind_another():
     assert len(node.prefixes()) == 2
 
 
+def test_a_first_block_that_has_no_tunnel_address_yet_gets_one():
+    node = Node()
+    assert node.request("10.244.0.37", "a") == "10.244.0.37"
+    assert node.join() == "10.244.0.32/28"
+    assert node.blocks()[ip_network("10.244.0.32/28")].allocations[0].handle == TUNNEL + "node1"
+
+
+def test_a_block_of_the_nodes_that_no_affinity_leads_to_is_found():
+    node = Node()
+    cidr = node.join()
+    node.assign("a")
+    key = affinity_key("node1", ip_network(cidr))
+    before = node.store.entries()[key]
+    (stored,) = node.store.answer(Get((key,)))
+    assert node.store.answer(Swap(key, stored.revision, None))
+    assert node.join() == cidr
+    assert node.store.entries()[key] == before
+
+
 def test_nodes_look_for_blocks_in_different_places():
     starts = {next(walk(f"node{number}", Pool("big", ip_network("10.244.0.0/16"), 26))) for number in range(100)}
     assert len(starts) > 90
@@ -225,6 +244,14 @@ def test_empty_blocks_are_given_back_after_a_minute_but_never_the_first():
     assert node.give_back(NOW + 1000) == []
     assert node.prefixes() == [first]
     assert set(node.store.entries()) == {block_key(ip_network(first)), affinity_key("node1", ip_network(first))}
+
+
+def test_the_first_block_is_kept_also_without_a_tunnel_address():
+    node = Node()
+    node.assign("a")
+    node.release("a")
+    assert node.give_back(NOW + 1000) == []
+    assert len(node.prefixes()) == 1
 
 
 def test_what_cools_down_keeps_its_block():

@@ -217,6 +217,8 @@ class Races(RuleBasedStateMachine):
             assert all(holder[0] != run.about["handle"] for holder in self.oracle.held.values())
             for known in self.known.values():
                 known.pop(run.about["handle"], None)
+        elif run.what == "tidy":
+            assert all(self.oracle.owner.get(cidr) != node for cidr in result or ())
         elif run.what == "forget":
             self.known[run.about["of"]] = {}
 
