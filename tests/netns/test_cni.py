@@ -9,11 +9,20 @@
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import pytest
 
-from dataplane.cni import EXHAUSTED, EXISTS, INVALID_CONFIG, INVALID_ENVIRONMENT, MISMATCH, UNKNOWN_CONTAINER
+from dataplane.cni import (
+    EXHAUSTED,
+    EXISTS,
+    INVALID_CONFIG,
+    INVALID_ENVIRONMENT,
+    IO_FAILURE,
+    MISMATCH,
+    TRY_AGAIN_LATER,
+    UNKNOWN_CONTAINER,
+)
 from tests.netns import checks
 from tests.netns.containers import CIDR, GATEWAY, SERVICE, WEB, PluginError, Runtime, address_of, container_node
 from tests.netns.harness import RUN, Namespace, Network, Node, eventually
@@ -307,6 +316,28 @@ def test_containers_keep_their_addresses_when_the_node_starts_again(network, nod
     eventually(lambda: json.dumps(json.loads(books.read_text())).count("cni/") == 2, timeout=20)
     runtime.delete(container)
     runtime.delete(other)
+
+
+def test_a_node_that_is_killed_among_adds_loses_none_that_it_has_confirmed(network, node, runtime):
+    made = [network.namespace(f"k{number}") for number in range(24)]
+    with ThreadPoolExecutor(len(made)) as pool:
+        adding = {each.name: pool.submit(runtime.add, each) for each in made}
+        wait(adding.values(), return_when=FIRST_COMPLETED)
+        node.kill()
+    confirmed = {name: address_of(each.result()) for name, each in adding.items() if each.exception() is None}
+    assert confirmed
+    failures = [failure for each in adding.values() if (failure := each.exception()) is not None]
+    assert all(isinstance(each, PluginError) and each.code in (TRY_AGAIN_LATER, IO_FAILURE) for each in failures)
+    node.start()
+    there = {pod.partition("/")[2]: address for pod, address in attached(node).items()}
+    assert there.items() >= confirmed.items()
+    assert len(set(there.values())) == len(there)
+    for each in made:
+        if each.name in confirmed:
+            checks.ping(each, WEB, count=1)
+        runtime.delete(each)
+        assert interfaces(each) == ["lo"]
+        network.remove(each)
 
 
 def test_a_namespace_at_the_path_of_another_is_not_touched(network, node, runtime):
