@@ -114,7 +114,15 @@ def _simple_endpoint(values: Any) -> desired.Endpoint | None:
     if not isinstance(values, dict) or not values.keys() <= {"ip", "node"}:
         return None
     node, text = values.get("node", ""), values.get("ip")
-    if not isinstance(text, str) or not isinstance(node, str) or not _is_name(node):
+    if not isinstance(text, str) or not isinstance(node, str):
+        return None
+    return _endpoint_at(text, node)
+
+
+@lru_cache(maxsize=1 << 16)
+def _endpoint_at(text: str, node: str) -> desired.Endpoint | None:
+    """Return the endpoint; one object for all services that a pod belongs to."""
+    if not _is_name(node):
         return None
     try:
         number = int.from_bytes(inet_pton(AF_INET, text))

@@ -46,7 +46,9 @@ def of(state: DesiredState) -> Claims:
     shared = state.uplink is None or state.uplink.shared
     servers = frozenset(_servers(state, addresses))
     virtual = {address for service in state.services for address in virtual_addresses(service)}
-    services = [*state.balancing.service_cidrs, *_hosts(virtual)]
+    cidrs = state.balancing.service_cidrs
+    # Ten thousand cluster IPs as prefixes, to be joined into the one that holds them, take most of a second.
+    services = [*cidrs, *_hosts(address for address in virtual if not any(address in cidr for cidr in cidrs))]
     pods = [*state.balancing.cluster_cidrs, *(cidr for peer in state.peers for cidr in peer.pod_cidrs)]
     own = state.pod_network.cidrs
     masquerade = masquerade_ports(state)

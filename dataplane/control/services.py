@@ -15,6 +15,7 @@ Destinations are listed in the order in which they are added, which decides what
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -130,8 +131,6 @@ def claims(service: Service, node_ports_at: tuple[Address, ...]) -> Iterator[tup
         ("load-balancer-ip", service.load_balancer_ips),
     )
     for index, port in enumerate(service.ports):
-        if port.protocol == "SCTP":  # a file may not have it; a store's services still have its name and SRV records
-            continue
         for kind, addresses in kinds:
             for address in addresses:
                 yield ServerKey(port.protocol, address, port.port), kind, index
@@ -241,8 +240,13 @@ def _destinations(port: ServicePort, endpoints: tuple[Endpoint, ...]) -> tuple[D
         number = target_port(port, endpoint)
         if number is not None:
             weight = 0 if endpoint.draining else endpoint.weight
-            found.setdefault(f"{endpoint.address}:{number}", Destination(endpoint.address, number, weight))
+            found.setdefault(_text(endpoint.address, number), Destination(endpoint.address, number, weight))
     return tuple(found[text] for text in sorted(found))
+
+
+@lru_cache(maxsize=1 << 16)
+def _text(address: Address, port: int) -> str:
+    return f"{address}:{port}"  # what endpoints are ordered by, as kube-proxy does; a pod is one of many services
 
 
 def _ranges(service: Service, address: Address, around: Surroundings) -> tuple[Network, ...]:
