@@ -86,6 +86,7 @@ def test_a_continue_token_that_expires_begins_the_list_anew_in_one_piece(monkeyp
             def compacting(*arguments):
                 found = page(*arguments)
                 if len(arguments) > 2 and arguments[2]:
+                    drop(server, service("s0007"))
                     put(server, service("late", "10.96.9.9"))
                     server.store.compact()
                     put(server, service("later", "10.96.9.8"))
@@ -94,7 +95,8 @@ def test_a_continue_token_that_expires_begins_the_list_anew_in_one_piece(monkeyp
             monkeypatch.setattr(server.store, "page", compacting)
             async with Watched(server) as watched:
                 await eventually(lambda: watched.shelf.synced)
-                assert len(watched.values) == 1203
+                assert len(watched.values) == 1202
+                assert "default/s0007" not in watched.values  # it was on a page that came before
                 assert server.requests[Request("list", "", "services")] == 3
 
     asyncio.run(whole())
@@ -212,6 +214,16 @@ def test_throttling_is_obeyed_for_as_long_as_the_server_asks():
     asyncio.run(whole())
 
 
+def test_a_version_that_the_server_has_not_reached_is_of_no_use_either():
+    causes = [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}]
+    status = {"kind": "Status", "code": 504, "reason": "Timeout", "details": {"causes": causes, "retryAfterSeconds": 1}}
+    error = ApiError.of(status, 504)
+    assert error.is_gone
+    assert error.retry_after == 1
+    for harmless in ({}, {"causes": 7}, {"causes": ["x"]}):
+        assert not ApiError.of(status | {"details": harmless}, 504).is_gone
+
+
 def test_a_token_that_is_rotated_is_read_again(tmp_path):
     path = tmp_path / "token"
     path.write_text("t1")
@@ -293,6 +305,23 @@ def test_the_best_version_that_the_server_has_is_used(served):
 
     asyncio.run(whole())
     assert ("topology" in seen[0]["endpoints"][0]) == (served[0] == "v1beta1")
+
+
+def test_a_server_that_is_upgraded_is_asked_for_its_new_version():
+    versions = [Resource("endpointslices", version, "discovery.k8s.io") for version in ("v1", "v1beta1")]
+
+    async def whole():
+        async with serving(endpoints("web-a", "web", ["10.244.1.5"])) as server:
+            server.store.slice_versions = ("v1beta1",)
+            async with Watched(server, *versions, convert=lambda item: (item["endpoints"][0], "")) as watched:
+                await eventually(lambda: server.watching)
+                server.store.slice_versions = ("v1",)
+                server.cut()
+                put(server, endpoints("web-a", "web", ["10.244.1.6"]))
+                await eventually(lambda: watched.values["default/web-a"]["addresses"] == ["10.244.1.6"])
+                assert watched.values["default/web-a"]["nodeName"] == "node1"
+
+    asyncio.run(whole())
 
 
 def test_a_broken_object_is_named_once_and_the_others_go_on(caplog):

@@ -238,6 +238,14 @@ def test_a_class_is_told():
     assert objects.service_of(with_(SERVICE, "spec.loadBalancerClass", "x/y"))[0].service.load_balancer_class == "x/y"
 
 
+def test_a_port_of_sctp_is_known_by_name_and_carries_nothing():
+    ports = [{"name": "a", "protocol": "SCTP", "port": 80}, {"name": "b", "port": 81}]
+    found = objects.service_of(with_(SERVICE, "spec.ports", ports))[0].service
+    assert [port.protocol for port in found.ports] == ["SCTP", "TCP"]
+    servers = build(found, Around("node1", (), (), "rr", frozenset()))
+    assert {each.key.port for each in servers} == {81}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "text"),
     [

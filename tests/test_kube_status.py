@@ -47,7 +47,7 @@ def address(server: KubeServer, name: str) -> list[str]:
 def holder(server: KubeServer) -> str:
     """Return the node that the Lease names."""
     lease = server.store.objects["leases"].get(LEASE)
-    return str(lease["spec"]["holderIdentity"]).partition("_")[0] if lease else ""
+    return str(lease["spec"].get("holderIdentity", "")).partition("_")[0] if lease else ""
 
 
 # --- the election ----------------------------------------------------------------------------------------------------

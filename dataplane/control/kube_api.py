@@ -29,6 +29,7 @@ ANSWER_SECONDS = 60.0  # the longest silence within an answer: an API server giv
 OVERTIME_SECONDS = 10.0
 LONGEST_EVENT = 16 << 20  # bytes: etcd refuses objects of more than 1.5 MiB, so a longer line is none
 
+TOO_LARGE = "ResourceVersionTooLarge"  # a cause of a Status whose reason is Timeout
 MERGE_PATCH = "application/merge-patch+json"
 
 Parameters: TypeAlias = Mapping[str, str]
@@ -57,8 +58,11 @@ class ApiError(KubeError):
 
     @property
     def is_gone(self) -> bool:
-        """Whether a resource version or a continue token is too old: what began with it has to begin anew."""
-        return self.status == 410 or self.reason in ("Gone", "Expired")
+        """Whether a resource version or a continue token is of no use: what began with it has to begin anew.
+
+        It is too old, or, after etcd was restored from a backup, newer than anything that the server has.
+        """
+        return self.status == 410 or self.reason in ("Gone", "Expired", TOO_LARGE)
 
     @classmethod
     def of(cls, status: Any, code: int, retry_after: float = 0) -> "ApiError":
@@ -66,11 +70,14 @@ class ApiError(KubeError):
         if not isinstance(status, dict) or status.get("kind") != "Status":
             return cls(code, retry_after=retry_after)
         details = status.get("details")
-        asked = details.get("retryAfterSeconds") if isinstance(details, dict) else None
-        given = status.get("code")
+        details = details if isinstance(details, dict) else {}
+        asked, causes, given = details.get("retryAfterSeconds"), details.get("causes"), status.get("code")
+        too_large = isinstance(causes, list) and any(
+            isinstance(c, dict) and c.get("reason") == TOO_LARGE for c in causes
+        )
         return cls(
             given if isinstance(given, int) and given else code,
-            str(status.get("reason") or ""),
+            TOO_LARGE if too_large else str(status.get("reason") or ""),
             str(status.get("message") or ""),
             retry_after or (float(asked) if isinstance(asked, int) else 0),
         )

@@ -78,7 +78,8 @@ class Election:
         if self._renewed is None:
             return None
         self._renewed = None
-        return self._lease(**{**self._seen["spec"], "holderIdentity": "", "leaseDurationSeconds": 1})
+        kept = {key: value for key, value in self._seen["spec"].items() if key != "holderIdentity"}
+        return self._lease(**{**kept, "leaseDurationSeconds": 1})
 
     def _lease(self, **spec: Any) -> Mapping[str, Any]:
         known = (self._seen or {}).get("metadata")

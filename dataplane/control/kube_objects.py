@@ -37,7 +37,7 @@ SERVICE_NAME = "kubernetes.io/service-name"
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 TUNNEL_ADDRESS = "projectcalico.org/IPv4VXLANTunnelAddr"
 TUNNEL_MAC = "projectcalico.org/VXLANTunnelMACAddr"
-AFFINITY_SECONDS = 10800.0
+AFFINITY_SECONDS, LONGEST_AFFINITY = 10800.0, 86400.0  # the API takes no longer one
 
 Item: TypeAlias = Mapping[str, Any]
 T = TypeVar("T")
@@ -156,7 +156,9 @@ def service_of(item: Item) -> tuple[KubeService, str]:
         external_ips=() if foreign else said.all(_address, _list(spec, "externalIPs"), "externalIP"),
         load_balancer_ips=() if foreign else held,
         ports=() if foreign else said.all(_port, _tables(spec, "ports"), "port"),
-        affinity_seconds=_number(affinity, AFFINITY_SECONDS) if spec.get("sessionAffinity") == "ClientIP" else 0,
+        affinity_seconds=min(_number(affinity, AFFINITY_SECONDS), LONGEST_AFFINITY)
+        if spec.get("sessionAffinity") == "ClientIP"
+        else 0,
         external_policy="Local" if external or _local_externals(spec, kind) else "Cluster",
         internal_policy="Local" if spec.get("internalTrafficPolicy") == "Local" else "Cluster",
         source_ranges=said.all(_range, _list(spec, "loadBalancerSourceRanges"), "loadBalancerSourceRange"),
@@ -244,9 +246,10 @@ def merged(slices: Iterable[tuple[Endpoint, ...]]) -> tuple[Endpoint, ...]:
     return tuple(found[key] for key in sorted(found, key=lambda key: (int(key[0]), key[1])))
 
 
-def _goodness(endpoint: Endpoint) -> tuple[bool, bool, bool, str, str, str]:
+def _goodness(endpoint: Endpoint) -> tuple[bool, bool, bool, bool, str, str, str]:
     texts = endpoint.node, endpoint.hostname, endpoint.zone  # any order will do, if it is the same everywhere
-    return (endpoint.ready and not endpoint.terminating, endpoint.serving, not endpoint.terminating, *texts)
+    good = endpoint.ready and not endpoint.terminating
+    return (good, endpoint.serving, not endpoint.terminating, endpoint.ready, *texts)
 
 
 # --- MetalLB ---------------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def pool_of(item: Item) -> tuple[KubePool, str]:
         ranges=said.all(_address_range, _list(spec, "addresses"), "address"),
         auto_assign=spec.get("autoAssign") is not False,
         avoid_buggy_ips=spec.get("avoidBuggyIPs") is True,
-        priority=priority if isinstance(priority, int) else 0,
+        priority=priority if isinstance(priority, int) and 0 <= priority < 1 << 31 else 0,
         namespaces=frozenset(name for name in _list(allocation, "namespaces") if isinstance(name, str)),
         service_selectors=_selectors(allocation, "serviceSelectors"),
     )
@@ -281,7 +284,7 @@ def advertisement_of(item: Item) -> tuple[KubeAdvertisement, str]:
         node_selectors=_selectors(spec, "nodeSelectors"),
         interfaces=frozenset(name for name in _list(spec, "interfaces") if isinstance(name, str)),
         preferences=tuple(
-            (int(_number(each.get("weight"), 1)), _selector(_table(each, "preference")))
+            (int(min(_number(each.get("weight"), 1), 100)), _selector(_table(each, "preference")))
             for each in _tables(spec, "preferredNodeSelectors")
         ),
     )
@@ -394,7 +397,7 @@ def _seconds(value: Any) -> float:
 
 
 def _number(value: Any, default: float) -> float:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else default
 
 
 def _port_number(value: Any) -> int:
