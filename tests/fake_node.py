@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +15,7 @@ from dataplane.control import api, metrics
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Kind, ListKind, Reload
 from dataplane.verdict import Reason
-from tests.fake_rows import CLUSTER, LOAD_BALANCER, interface, route
+from tests.fake_rows import CLUSTER, DNS, LOAD_BALANCER, interface, route
 
 COUNTS = {Reason.ROUTE_NONE: 3, Reason.IP_TTL: 12, Reason.ARP_ANSWERED: 2, Reason.NEIGH_RESOLVE: 1}
 
@@ -233,6 +233,7 @@ def snapshots() -> dict[str, Any]:
         },
         "cluster": CLUSTER,
         "load_balancer": LOAD_BALANCER,
+        "dns": DNS,
         **_whereabouts(),
         **_counts(),
     }
@@ -430,7 +431,9 @@ class FakeNode:
 
 
 @contextmanager
-def serving(node: FakeNode, path: Path, listen: tuple[str, int] | None = None) -> Iterator[api.Server]:
+def serving(
+    node: FakeNode, path: Path, listen: tuple[str, int] | None = None, extensions: Sequence[Callable[..., None]] = ()
+) -> Iterator[api.Server]:
     """Serve ``node`` on ``path`` from a thread of its own while the block runs."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -446,7 +449,7 @@ def serving(node: FakeNode, path: Path, listen: tuple[str, int] | None = None) -
             await asyncio.sleep(0)
 
     try:
-        server = wait(api.start(node, path, listen))
+        server = wait(api.start(node, path, listen, extensions))
         try:
             yield server
         finally:
