@@ -48,6 +48,13 @@ def test_a_node_that_is_away_or_excluded_stays_a_peer_and_announces_nothing(node
     assert not state.peers[-1].announces
 
 
+@pytest.mark.parametrize("node", SILENT, ids=["away", "unavailable", "excluded"])
+def test_this_node_knows_of_itself_what_the_others_know_of_it(node):
+    own = replace(node, name="node1")
+    assert over(cluster(replace(THIRD, name="node1")), FILE).node.announces
+    assert not over(cluster(own), FILE).node.announces
+
+
 def test_the_node_has_the_blocks_that_the_store_gave_it():
     block = ip_network("10.244.9.0/26")
     own = ClusterNode("node1", (ip_address("192.0.2.99"),), (block,), zone="z1", labels=(("a", "b"),))

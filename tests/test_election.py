@@ -1,5 +1,6 @@
 """election: who owns an address, checked against sums made by sha256sum(1), and who may."""
 
+import hashlib
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
@@ -7,9 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataplane.control.election import announced, owner, winner
+from dataplane.control.cluster import EXCLUDED
+from dataplane.control.election import announced, elected, owner, owners, winner
 from dataplane.control.state import (
+    AddressPool,
+    DesiredState,
     Endpoint,
+    L2Advertisement,
+    Labels,
+    Selector,
     Service,
     Uplink,
 )
@@ -134,3 +141,155 @@ def test_the_nodes_own_address_is_announced_only_on_an_uplink_of_our_own():
 @pytest.mark.parametrize("uplink", [None, Uplink("eth0", mode="udp", shared=False)])
 def test_without_a_packet_socket_nothing_is_announced(uplink):
     assert announced(replace(state(service(HERE), peers=()), uplink=uplink)) == frozenset()
+
+
+# --- who may ---------------------------------------------------------------------------------------------------------
+
+# Of 192.0.2.200 node2 is the first, node3 the second and node1 the last; see above.
+EDGE: Labels = (("role", "edge"),)
+SELECTED, UNLABELLED = Selector(EDGE), Selector(expressions=(("role", "DoesNotExist", ()),))
+POOL = AddressPool("lan", ((ADDRESS, ADDRESS),))
+EXTERNAL = AddressPool("external", ((IPv4Address("203.0.113.1"), IPv4Address("203.0.113.9")),))
+
+
+def labelled(wanted: DesiredState, **labels: Labels) -> DesiredState:
+    """Return the state with labels at its nodes, by their names."""
+    peers = tuple(replace(each, labels=labels.get(each.name, ())) for each in wanted.peers)
+    own = replace(wanted.node, labels=labels.get(wanted.node.name, ()))
+    return replace(wanted, node=own, peers=peers)
+
+
+def lan(*advertisements: L2Advertisement, **labels: Labels) -> DesiredState:
+    """Return three nodes, an address of the pool ``lan``, and who may announce it."""
+    return labelled(replace(BASE, advertisements=advertisements, pools=(POOL, EXTERNAL)), **labels)
+
+
+def without(name: str) -> DesiredState:
+    return replace(BASE, peers=tuple(replace(peer, announces=peer.name != name) for peer in BASE.peers))
+
+
+BASE = state(service(HERE))
+ME = replace(BASE, silent=frozenset({"node2", "node3"}))
+MAY = [
+    ("a silent node is not", replace(BASE, silent=frozenset({"node2"})), "node3"),
+    ("nor a peer whose network is unavailable", without("node2"), "node3"),
+    ("nor an excluded one, whatever the value", labelled(BASE, node2=((EXCLUDED, "false"),)), "node3"),
+    ("nor this node with its network unavailable", replace(ME, node=replace(ME.node, announces=False)), None),
+    ("nor this node when it is excluded", labelled(ME, node1=((EXCLUDED, ""),)), None),
+    ("one alone is", ME, "node1"),
+    ("an advertisement for all", lan(L2Advertisement()), "node2"),
+    ("no advertisement that is for the pool", lan(L2Advertisement(pools=frozenset({"external"}))), None),
+    ("no advertisement at all, where there might be some", lan(), None),
+    ("an advertisement for the pool", lan(L2Advertisement(pools=frozenset({"lan"}))), "node2"),
+    ("a selected node", lan(L2Advertisement(node_selectors=(SELECTED,)), node1=EDGE, node3=EDGE), "node3"),
+    ("nobody selected", lan(L2Advertisement(node_selectors=(SELECTED,))), None),
+    (
+        "one that either of two selects",
+        lan(L2Advertisement(node_selectors=(SELECTED,)), L2Advertisement(node_selectors=(Selector(),)), node1=EDGE),
+        "node2",
+    ),
+    (
+        "not one that another pool's selects",
+        lan(
+            L2Advertisement(pools=frozenset({"lan"}), node_selectors=(SELECTED,)),
+            L2Advertisement(pools=frozenset({"external"})),
+            node1=EDGE,
+        ),
+        "node1",
+    ),
+    ("a preferred node first", lan(L2Advertisement(preferences=((1, SELECTED),)), node1=EDGE), "node1"),
+    (
+        "of two preferred the first by the hash",
+        lan(L2Advertisement(preferences=((1, SELECTED),)), node1=EDGE, node3=EDGE),
+        "node3",
+    ),
+    (
+        "the heavier preference",
+        lan(
+            L2Advertisement(preferences=((60, SELECTED), (50, Selector((("zone", "z"),))))),
+            node3=EDGE,
+            node1=(("zone", "z"),),
+        ),
+        "node3",
+    ),
+    (
+        "the sum of preferences",
+        lan(
+            L2Advertisement(preferences=((60, SELECTED),)),
+            L2Advertisement(preferences=((50, Selector((("zone", "z"),))), (20, Selector((("rack", "r"),))))),
+            node3=EDGE,
+            node1=(("rack", "r"), ("zone", "z")),
+        ),
+        "node1",
+    ),
+    (
+        "no preferred one that is not selected",
+        lan(
+            L2Advertisement(node_selectors=(UNLABELLED,), preferences=((9, SELECTED),)),
+            node1=EDGE,
+        ),
+        "node2",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wanted", "node"), [row[1:] for row in MAY], ids=[row[0] for row in MAY])
+def test_the_elected_is(wanted, node):
+    assert owner(ADDRESS, wanted) == node
+    assert announced(wanted) == ({ADDRESS} if node == "node1" else frozenset())
+
+
+def test_a_preferred_node_is_no_owner_of_a_local_service_without_an_endpoint_there():
+    local_service = service(UNNAMED, external_policy="Local")
+    preferring = replace(
+        BASE, services=(local_service,), advertisements=(L2Advertisement(preferences=((9, SELECTED),)),)
+    )
+    assert owner(ADDRESS, labelled(preferring, node1=EDGE)) == "node3"
+
+
+def test_an_address_of_no_pool_is_announced_by_what_names_none():
+    for pools, node in ((frozenset[str](), "node2"), (frozenset({"lan"}), None)):
+        elsewhere = replace(lan(L2Advertisement(pools=pools)), pools=(EXTERNAL,))
+        assert owner(ADDRESS, elsewhere) == node
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "here"), [((), True), (("eth0",), True), (("eth1",), False), (("eth1", "eth0"), True)]
+)
+def test_an_owner_without_a_named_interface_is_silent_and_stays_the_owner(interfaces, here):
+    only = replace(lan(L2Advertisement(interfaces=frozenset(interfaces))), silent=ME.silent)
+    assert owner(ADDRESS, only) == "node1"
+    assert announced(only) == ({ADDRESS} if here else frozenset())
+
+
+def test_interfaces_are_those_of_all_advertisements_that_select_the_node():
+    by_eth1 = L2Advertisement(interfaces=frozenset({"eth1"}))
+    everywhere = L2Advertisement(node_selectors=(SELECTED,))
+    found = replace(lan(by_eth1, everywhere, node1=EDGE), silent=ME.silent)
+    assert announced(found) == {ADDRESS}
+    assert announced(labelled(found)) == frozenset()
+
+
+def test_a_stores_owners_decide_and_who_is_not_named_is_nobody():
+    named = replace(BASE, owners=frozenset({(ADDRESS, "node1")}))
+    assert (owner(ADDRESS, named), elected(named)) == ("node1", {ADDRESS: "node2"})
+    assert announced(named) == {ADDRESS}
+    nobody = replace(ME, owners=frozenset())
+    assert (owners(nobody), elected(nobody), announced(nobody)) == ({}, {ADDRESS: "node1"}, frozenset())
+    foreign = replace(BASE, owners=frozenset({(IPv4Address("192.0.2.250"), "node1")}))
+    assert announced(foreign) == frozenset()  # no service has it
+
+
+def test_addresses_of_another_class_are_not_announced_unless_one_of_ours_has_them_too():
+    theirs = service(HERE, load_balancer_class="example.com/lb")
+    assert announced(replace(ME, services=(theirs,))) == frozenset()
+    assert announced(replace(ME, services=(theirs, replace(service(HERE), name="ours")))) == {ADDRESS}
+
+
+@given(NODES, ADDRESSES, st.data())
+def test_the_winner_has_the_highest_preference_and_then_the_smallest_sum(nodes, address, data):
+    scores = data.draw(st.dictionaries(st.sampled_from(sorted(nodes)), st.integers(0, 3)))
+    ranked = sorted((-scores.get(node, 0), hashlib.sha256(f"{node}#{address}".encode()).hexdigest()) for node in nodes)
+    found = winner(nodes, address, scores)
+    assert found in nodes
+    assert (-scores.get(found, 0), hashlib.sha256(f"{found}#{address}".encode()).hexdigest()) == ranked[0]
