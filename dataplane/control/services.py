@@ -131,6 +131,8 @@ def claims(service: Service, node_ports_at: tuple[Address, ...]) -> Iterator[tup
         ("load-balancer-ip", service.load_balancer_ips),
     )
     for index, port in enumerate(service.ports):
+        if port.protocol == "SCTP":  # a file may not have it; a store's services still have its name and SRV records
+            continue
         for kind, addresses in kinds:
             for address in addresses:
                 yield ServerKey(port.protocol, address, port.port), kind, index
