@@ -16,6 +16,7 @@ from dataplane import __version__
 from dataplane.cli_base import PATH, ask, count, fail, output_option, report, socket_option
 from dataplane.cli_cluster import cluster
 from dataplane.cli_cni import cni
+from dataplane.cli_dns import dns
 from dataplane.cli_edit import conntrack, endpoint, service
 from dataplane.cli_ipam import ipam
 from dataplane.cli_lab import lab
@@ -157,6 +158,7 @@ cli.add_command(conntrack)
 cli.add_command(cni)
 cli.add_command(lab)
 cli.add_command(cluster)
+cli.add_command(dns)
 cli.add_command(ipam)
 cli.add_command(loadbalancer)
 

@@ -112,7 +112,7 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
             attacher.start()
         if resolver is not None:
             await resolver.start()
-        await _serve(node, log_book, follower, attacher)
+        await _serve(node, log_book, follower, attacher, resolver)
     finally:
         notify("STOPPING=1")
         if attacher is not None:
@@ -159,7 +159,13 @@ def _resolver(node: Node, follower: Follower | None) -> "Resolver | None":
     return Resolver(node, (lambda: follower.cluster) if follower is not None else Cluster)
 
 
-async def _serve(node: Node, log_book: journal.Journal, follower: Follower | None, attacher: "Attacher | None") -> None:
+async def _serve(
+    node: Node,
+    log_book: journal.Journal,
+    follower: Follower | None,
+    attacher: "Attacher | None",
+    resolver: "Resolver | None",
+) -> None:
     """Offer the control API until the node is told to stop; without it the node goes on, and says so."""
     settings = node.settings
     await asyncio.to_thread(importlib.import_module, "dataplane.control.handlers")  # packets flow meanwhile
@@ -171,6 +177,10 @@ async def _serve(node: Node, log_book: journal.Journal, follower: Follower | Non
 
         extensions.append(cni_routes(attacher))
     extensions.append(_ipam_routes(node, follower, attacher))
+    if resolver is not None:
+        from dataplane.control.handlers_dns import dns_routes
+
+        extensions.append(dns_routes(resolver))
     entry = log_book.record(journal.File(str(settings.socket)))
     try:
         server = await api.start(node, settings.socket, settings.metrics, extensions)

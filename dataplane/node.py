@@ -45,6 +45,7 @@ class Node:
 
     Attributes:
         source: Where the state of the cluster comes from; None: from the file alone.
+        names: Returns the snapshot of cluster DNS; None: the node answers no names.
         caught_up: Returns when everything that the source has handed out is applied.
 
     Args:
@@ -69,6 +70,7 @@ class Node:
         self._watchers: list[Watcher] = []
         self._assign = assigner.Assigner(settings.store.source, lambda: self.wiring.state)
         self.source: Source | None = None
+        self.names: Callable[[], Mapping[str, Any]] | None = None
         self.caught_up: Callable[[], Awaitable[None]] = _at_once
         self._health = HealthServer()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -160,6 +162,8 @@ class Node:
         """Return the snapshot of this kind."""
         if kind == "cluster" and self.source is not None:
             return self.source.status()
+        if kind == "dns" and self.names is not None:
+            return self.names()
         return self.report.snapshot(kind)
 
     def listing(self, kind: ListKind, query: Query) -> Listing:

@@ -16,6 +16,7 @@ from dataplane.control.api import Listing
 from dataplane.control.cluster import ClusterNode
 from dataplane.control.query import Query
 from dataplane.control.snapshot import Kind, ListKind
+from dataplane.control.snapshot_dns import OFF, Dns
 from dataplane.control.source import Health, cluster_status
 from dataplane.control.state import Settings
 from dataplane.report_flows import FlowReport
@@ -103,6 +104,10 @@ class Report:
         nodes = (replace(own, since=self._since), *peers)
         where = str(self.settings.path or "built-in")
         return cluster_status("static", where, Health(connected=True, changed=self._since), own.name, nodes)
+
+    def dns(self) -> Dns:
+        """Cluster DNS of a node that answers no names."""
+        return OFF
 
     def load_balancer(self) -> shape.LoadBalancer:
         """Pools and addresses of load balancers."""

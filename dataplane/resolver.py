@@ -7,6 +7,7 @@ are loaded waits in them. So the service is in the very first state, and *ready*
 """
 
 import asyncio
+import importlib
 import logging
 import socket
 import time
@@ -17,10 +18,13 @@ from functools import partial
 from typing import Any
 
 from dataplane.control.cluster import Cluster
-from dataplane.control.dns import Forward, Responder
+from dataplane.control.dns import BUCKETS, Forward, Responder, answer, judge, rcode_name
+from dataplane.control.dns_text import candidates, lines, read_name, read_type
 from dataplane.control.dns_upstream import finish
-from dataplane.control.dns_wire import TCP_MAX
-from dataplane.control.dns_zone import Zone
+from dataplane.control.dns_wire import TCP_MAX, Query, read_query, write_question
+from dataplane.control.dns_zone import Found, Zone
+from dataplane.control.snapshot import endpoint_text
+from dataplane.control.snapshot_dns import OFF, Dns, DnsAnswer, DnsTry
 from dataplane.control.state import Address, DesiredState, Endpoint, Service, ServicePort
 from dataplane.forward import Upstreams
 from dataplane.node import Node
@@ -84,6 +88,7 @@ class Resolver:
         self._made: tuple[Service, ...] = ()
         self._failed: Address | None = None
         node.amend(self._with_service)
+        node.names = self.snapshot
 
     # --- the service -------------------------------------------------------------------------------------------------
 
@@ -184,6 +189,85 @@ class Resolver:
         self._answering.close()
         self._answering = None
 
+    # --- for people --------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Dns:
+        """Return the counters, and how the upstreams are doing."""
+        settings, responder, upstreams = self.responder.zone.settings, self.responder, self.upstreams
+        if settings is None:
+            return OFF
+        requests, responses = responder.counters()
+        servers, now = upstreams.servers, time.monotonic()
+        sockets = self._answering
+        places = () if sockets is None else tuple((str(sockets.address), each) for each in sockets.ports)
+        return {
+            "domain": settings.domain,
+            "address": str(settings.address),
+            "listening": [f"{address}:{each.target_port}/{each.protocol}" for address, each in places],
+            "ttl": settings.ttl,
+            "pods": settings.pods,
+            "services": len(responder.zone.index),
+            "serial": responder.zone.serial,
+            "requests": [
+                {"transport": asked.transport, "type": asked.type, "count": count}
+                for asked, count in sorted(requests.items())
+            ],
+            "responses": dict(responses),
+            "buckets": list(BUCKETS),
+            "durations": list(responder.durations),
+            "duration_sum": responder.duration_sum,
+            "dropped": responder.dropped,
+            "connections": len(self._connections),
+            "upstreams": [
+                {
+                    "server": endpoint_text(str(server[0]), server[1]),
+                    "asked": servers.asked.get(server, 0),
+                    "failures": servers.failures.get(server, 0),
+                    "aloof": servers.is_aloof(server, now),
+                }
+                for server in settings.upstreams
+            ],
+            "cache_entries": len(upstreams.cache),
+            "cache_hits": upstreams.cache.hits,
+            "cache_misses": upstreams.cache.misses,
+            "refused": upstreams.refused,
+        }
+
+    async def explain(self, name: str, kind: str, namespace: str) -> DnsAnswer:
+        """Ask as a pod's resolver would: for one name after another, until one has such records.
+
+        Raises:
+            ValueError: That is no name, or no type.
+        """
+        settings = self.responder.zone.settings
+        await asyncio.to_thread(importlib.import_module, "dnslib")
+        number = read_type(kind)
+        names = {each: read_name(each) for each in candidates(name, namespace, settings.domain if settings else "")}
+        tried: list[DnsTry] = []
+        answers: list[DnsAnswer] = []
+        for each, wire in names.items():
+            reply, why = await self._explained(wire, number)
+            records, rcode, word = lines(reply), rcode_name(reply), kind.upper()
+            tried.append({"name": each, "rcode": rcode, "why": why})
+            answers.append({"name": each, "type": word, "rcode": rcode, "why": why, "records": records, "tried": tried})
+            if rcode == "NOERROR" and any(record["section"] == "answer" for record in records):
+                return answers[-1]
+        return next((each for each in answers if each["rcode"] == "NOERROR"), answers[-1])  # no data is news, too
+
+    async def _explained(self, name: bytes, kind: int) -> tuple[bytes, str]:
+        zone = self.responder.zone
+        query = read_query(write_question(0, name, kind))
+        assert isinstance(query, Query)
+        verdict = judge(query, zone)
+        reply = answer(query, zone, "tcp")
+        why = verdict.why if isinstance(verdict, Found) else "no name of the cluster, and there are no upstreams"
+        if isinstance(reply, Forward):
+            said, age = await self.upstreams.ask(reply.name, kind)
+            reply = finish(reply, said, age)
+            here = f"{why}; " if isinstance(verdict, Found) else ""
+            why = f"{here}no upstream answers" if said is None else f"{here}an upstream's answer"
+        return reply, why
+
     # --- UDP ---------------------------------------------------------------------------------------------------------
 
     def _readable(self, udp: socket.socket) -> None:
@@ -205,8 +289,8 @@ class Resolver:
 
     async def _forward(self, forward: Forward, send: Callable[[bytes], None]) -> None:
         began = time.perf_counter()
-        answer, age = await self.upstreams.ask(forward.name, forward.query.type)
-        reply = finish(forward, answer, age)
+        said, age = await self.upstreams.ask(forward.name, forward.query.type)
+        reply = finish(forward, said, age)
         self.responder.forwarded(reply)
         self.responder.took(time.perf_counter() - began)
         send(reply)

@@ -28,6 +28,19 @@ LOAD_BALANCER: dict[str, Any] = {
     "pending": [{"service": "shop/web", "reason": "no IPv4 address is free in pool default"}],
 }
 
+DNS: dict[str, Any] = {
+    **{"domain": "cluster.local", "address": "10.96.0.10", "ttl": 5, "pods": "disabled", "services": 12},
+    **{"listening": ["10.244.1.0:40053/UDP", "10.244.1.0:40054/TCP"], "serial": 1_700_000_000, "connections": 1},
+    "requests": [{"transport": "tcp", "type": "A", "count": 1}, {"transport": "udp", "type": "AAAA", "count": 9}],
+    **{"responses": {"NXDOMAIN": 4, "NOERROR": 6}, "dropped": 2, "refused": 0},
+    **{"buckets": [0.001, 0.002], "durations": [7, 2, 1], "duration_sum": 0.5},
+    "upstreams": [
+        {"server": "192.0.2.53:53", "asked": 5, "failures": 2, "aloof": True},
+        {"server": "192.0.2.54:53", "asked": 3, "failures": 0, "aloof": False},
+    ],
+    **{"cache_entries": 3, "cache_hits": 40, "cache_misses": 8},
+}
+
 
 def interface(index: int, name: str, **changes: Any) -> dict[str, Any]:
     return {

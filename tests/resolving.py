@@ -36,6 +36,7 @@ class FakeNode:
     def __init__(self, state: DesiredState) -> None:
         self.given = state
         self.wiring = SimpleNamespace(state=None)
+        self.names: Callable[[], Any] = dict
         self._watchers: list[Callable[[DesiredState], Awaitable[None]]] = []
 
     def amend(self, amendment) -> None:

@@ -12,6 +12,7 @@ from dataplane import forward
 from dataplane.forward import Upstreams, exchange
 from tests.dns_world import question, summary
 from tests.resolving import (
+    OTHER,
     WEB,
     answered,
     ask,
@@ -27,8 +28,6 @@ from tests.resolving import (
     serving,
     silent,
 )
-
-OTHER = "www.example.com"
 
 
 @pytest.fixture

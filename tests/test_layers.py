@@ -37,7 +37,7 @@ LAYERS = [
     {"lab", "lab_enter"},
     {"cli_base"},
     {"cli_show", "cli_lab"},
-    {"cli_edit", "cli_cni", "cli_cluster", "cli_ipam", "cli_loadbalancer"},
+    {"cli_edit", "cli_dns", "cli_cni", "cli_cluster", "cli_ipam", "cli_loadbalancer"},
     {"cli"},
     {"__main__"},
 ]

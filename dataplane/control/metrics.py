@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dataplane.control.metrics_dns import dns
 from dataplane.control.snapshot import (
     Arp,
     Balancing,
@@ -56,6 +57,7 @@ class _Node(Collector):
         yield from _balancing(self.snapshot("balancing"))
         yield from _cluster(self.snapshot("cluster"))
         yield from _pools(self.snapshot("load_balancer"))
+        yield from dns(self.snapshot("dns"))
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

@@ -20,6 +20,7 @@ Kind: TypeAlias = Literal[
     "balancing",
     "cluster",
     "load_balancer",
+    "dns",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

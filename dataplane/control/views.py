@@ -26,6 +26,7 @@ from dataplane.control.snapshot import (
     Status,
     Vteps,
 )
+from dataplane.control.snapshot_dns import Dns
 
 _FOLDED_WIDTH = 24  # of the last column, however narrow the terminal
 PROTO_CALICO = "proto 80"  # what Calico programs is told from the host's own routes by this number
@@ -207,6 +208,23 @@ def load_balancer(snapshot: LoadBalancer) -> View:
     return View(("address", "pool", "services", "announced by"), rows, notes)
 
 
+def dns(snapshot: Dns) -> View:
+    """Questions by way and type, answers by code; below, the upstreams and what is kept of what they said."""
+    columns = ("what", ">count")
+    if not snapshot["domain"]:
+        return View(columns, (), ("the node answers no names",))
+    asked = ((f"{row['type']} by {row['transport']}", row["count"]) for row in snapshot["requests"])
+    rows = as_rows([*asked, *sorted(snapshot["responses"].items())])
+    notes = [f"{snapshot['domain']} at {snapshot['address']}, {snapshot['services']} services"]
+    for each in snapshot["upstreams"]:
+        how = "does not answer" if each["aloof"] else "answers"
+        notes.append(f"upstream {each['server']} {how}, asked {each['asked']}, failures {each['failures']}")
+    if snapshot["upstreams"]:
+        entries, hits, misses = snapshot["cache_entries"], snapshot["cache_hits"], snapshot["cache_misses"]
+        notes.append(f"their answers: {entries} kept, hits {hits}, misses {misses}")
+    return View(columns, rows, tuple(notes))
+
+
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
 
@@ -235,6 +253,7 @@ VIEWS: dict[Kind, Callable[[Any], View]] = {
     "balancing": balancing,
     "cluster": cluster,
     "load_balancer": load_balancer,
+    "dns": dns,
 }
 
 
