@@ -160,6 +160,24 @@ def test_a_first_block_that_has_no_tunnel_address_yet_gets_one():
     assert node.blocks()[ip_network("10.244.0.32/28")].allocations[0].handle == TUNNEL + "node1"
 
 
+def test_a_first_address_that_is_borrowed_meanwhile_leaves_the_node_its_block():
+    node = Node()
+    other = node.other("node2", max_blocks=0)
+    node.request("10.244.0.37", "a")
+    steps, answer = node.allocator.claim_first_block(NOW), None
+    key = affinity_key("node1", ip_network("10.244.0.32/28"))
+    while not (isinstance(operation := steps.send(answer), Get) and operation.keys[0] == key):
+        answer = node.store.answer(operation)
+    assert other.request("10.244.0.32", "thief") == "10.244.0.32"
+    answer = node.store.answer(operation)
+    with pytest.raises(StopIteration) as done:
+        while True:
+            answer = node.store.answer(steps.send(answer))
+    assert str(done.value.value) != "10.244.0.32/28"
+    assert node.prefixes()[1:] == ["10.244.0.32/28"]
+    assert key in node.store.entries()
+
+
 def test_a_block_of_the_nodes_that_no_affinity_leads_to_is_found():
     node = Node()
     cidr = node.join()
