@@ -19,7 +19,7 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 from bench._scale_traffic import RECORD
-from dataplane import lab, lab_plan
+from dataplane import lab, lab_file, lab_plan
 from dataplane.control.etcd import Etcd, Put
 from dataplane.devices import journal
 from dataplane.devices.namespace import in_namespace, namespace_path
@@ -98,7 +98,7 @@ class World:
     """The lab. Use it in ``with``; nothing is left of it."""
 
     def __init__(self) -> None:
-        self.plan = lab_plan.parse(FILE, "scale", f"dpb{os.getpid()}")
+        self.plan = lab_file.parse(FILE, "scale", f"dpb{os.getpid()}")
         self._web = [pod.address for pod in self.plan.pods if pod.name.startswith("web")]
         self._spawned: list[subprocess.Popen[bytes]] = []
 

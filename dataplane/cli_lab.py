@@ -46,10 +46,10 @@ def up_(file: Path | None, name: str | None) -> None:
 
     It goes on running until "dataplane lab down". What a crash has left of a lab with this name is taken away first.
     """
-    from dataplane import config, lab, lab_look, lab_plan
+    from dataplane import config, lab, lab_file, lab_look
 
     try:
-        plan = lab_plan.load(file, name or "")
+        plan = lab_file.load(file, name or "")
     except config.ConfigError as error:
         fail(str(error), error.exit_code)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # to clean up, as on Ctrl-C

@@ -43,6 +43,7 @@ def test_the_version_is_the_packages():
 COMMANDS = (
     *((), ("run",), ("check",), ("show",), ("status",), ("reload",), ("show", "drops"), ("show", "conntrack")),
     *(("service",), ("service", "set"), ("endpoint", "add"), ("conntrack", "delete")),
+    *(("lab",), ("lab", "up"), ("lab", "status"), ("lab", "exec"), ("lab", "logs"), ("lab", "down")),
 )
 
 
@@ -77,6 +78,8 @@ HEAVY = ("numba", "numpy", "aiohttp", "rich", "prometheus_client", "uvloop", "py
         ["show", "routes", "--socket", "/nowhere"],
         ["show", "conntrack", "-o", "conntrack", "--socket", "/nowhere"],
         ["service", "set", "web", "--port", "80", "--socket", "/nowhere"],
+        ["lab", "status", "--name", "nowhere"],
+        ["lab", "down", "--name", "nowhere"],
     ],
 )
 def test_what_must_start_fast_imports_nothing_heavy(arguments):

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane import config
+from dataplane.lab_file import load, parse, toml
 from dataplane.lab_look import lines_to_try, table
-from dataplane.lab_plan import CLIENT, LAN, Plan, load, parse, toml
+from dataplane.lab_plan import CLIENT, LAN, Plan
 from dataplane.lab_serve import response
 from tests.fake_node import dataplane
 

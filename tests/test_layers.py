@@ -32,6 +32,7 @@ LAYERS = [
     {"attach", "resolver"},
     {"daemon"},
     {"lab_plan", "lab_serve"},
+    {"lab_file"},
     {"lab_machine"},
     {"lab_look"},
     {"lab", "lab_enter"},
