@@ -19,7 +19,7 @@ them, if there is one. (The allocator does not hand out an address twice where t
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from ipaddress import IPv4Address
 from types import MappingProxyType
@@ -31,17 +31,19 @@ from dataplane.control.services import Surroundings
 from dataplane.control.state import Address, DesiredState, Endpoint, L2Advertisement, Labels, Service
 
 _EQUAL: Mapping[str, int] = MappingProxyType({})
+_REMEMBERED = 4  # states: a plan compares two, and what is drawn from them asks again
 
 
-def winner(nodes: Iterable[str], address: Address, scores: Mapping[str, int] = _EQUAL) -> str | None:
+def winner(nodes: Collection[str], address: Address, scores: Mapping[str, int] = _EQUAL) -> str | None:
     """Return the node that owns an address; None without nodes."""
-    text = str(address)
-    return min(nodes, key=lambda node: (-scores.get(node, 0), _hash(node, text)), default=None)
+    best = max((scores.get(node, 0) for node in nodes), default=0) if scores else 0
+    first = (node for node in nodes if scores.get(node, 0) == best) if scores else nodes
+    return _first(frozenset(first), str(address))
 
 
-@lru_cache(maxsize=1 << 16)
-def _hash(node: str, address: str) -> bytes:
-    return hashlib.sha256(f"{node}#{address}".encode()).digest()
+@lru_cache(maxsize=1 << 15)  # 10,000 addresses of 100 nodes: a million sums, 1 s
+def _first(nodes: frozenset[str], address: str) -> str | None:
+    return min(nodes, key=lambda node: hashlib.sha256(f"{node}#{address}".encode()).digest(), default=None)
 
 
 def owner(address: Address, state: DesiredState) -> str | None:
@@ -49,7 +51,7 @@ def owner(address: Address, state: DesiredState) -> str | None:
     return owners(state).get(address)
 
 
-def owners(state: DesiredState) -> dict[Address, str]:
+def owners(state: DesiredState) -> Mapping[Address, str]:
     """Return who announces the load balancers' addresses; one that is not in it is announced by nobody."""
     if state.owners is None:
         return elected(state)
@@ -57,11 +59,30 @@ def owners(state: DesiredState) -> dict[Address, str]:
     return {address: named[address] for address in holders(state) if address in named}
 
 
-def elected(state: DesiredState) -> dict[Address, str]:
+def elected(state: DesiredState) -> Mapping[Address, str]:
     """Return who should announce the load balancers' addresses by the election, whatever a store says."""
+    return _elected(_Same(state))
+
+
+class _Same:
+    """A state that is found again by being the same object: to compare whole states would cost more than to elect."""
+
+    def __init__(self, state: DesiredState) -> None:
+        self.state = state
+
+    def __hash__(self) -> int:
+        return id(self.state)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.state is self.state
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _elected(same: _Same) -> Mapping[Address, str]:
+    state = same.state
     electorate = _Electorate(state)
     found = ((address, electorate.elect(address, services)) for address, services in holders(state).items())
-    return {address: node for address, node in found if node is not None}
+    return MappingProxyType({address: node for address, node in found if node is not None})
 
 
 def announced(state: DesiredState) -> frozenset[IPv4Address]:
@@ -104,6 +125,8 @@ class _Electorate:
         eligible = [own for service in services if (own := self._eligible(service, nodes))]
         if not eligible:
             return None
+        if len(services) == 1:
+            return winner(eligible[0], services[0].load_balancer_ips[0], scores)
         common = frozenset.intersection(*eligible) or frozenset.union(*eligible)
         return winner(common, min((service.load_balancer_ips[0] for service in services), key=_order), scores)
 
@@ -116,7 +139,7 @@ class _Electorate:
 
     def _select(self, pool: str) -> tuple[frozenset[str], Mapping[str, int]]:
         if self._state.advertisements is None:
-            return frozenset(self._labels), _EQUAL
+            return _only(frozenset(self._labels)), _EQUAL
         concerned = [each for each in self._state.advertisements if _concerns(each, pool)]
         nodes = {
             name: labels for name, labels in self._labels.items() if any(_selects(each, labels) for each in concerned)
@@ -126,7 +149,7 @@ class _Electorate:
             name: sum(weight for weight, selector in weights if matches(selector, labels))
             for name, labels in nodes.items()
         }
-        return frozenset(nodes), scores
+        return _only(frozenset(nodes)), scores if any(scores.values()) else _EQUAL
 
     def _eligible(self, service: Service, nodes: frozenset[str]) -> frozenset[str]:
         """Return the nodes that may announce a service; none if it has no serving endpoint."""
@@ -134,6 +157,12 @@ class _Electorate:
         if service.external_policy == "Local":
             return nodes & {_node_of(endpoint, self._state, self._around) for endpoint in serving}
         return nodes if any(True for _ in serving) else frozenset()
+
+
+@lru_cache(maxsize=64)
+def _only(nodes: frozenset[str]) -> frozenset[str]:
+    """Return the one of equal sets that is remembered: to compare a set with itself costs nothing."""
+    return nodes
 
 
 def _candidates(state: DesiredState) -> Iterator[tuple[str, Labels]]:
