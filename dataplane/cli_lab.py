@@ -26,11 +26,13 @@ def _name_option(command: Command) -> Command:
 
 @click.group()
 def lab() -> None:
-    """Make a cluster on this machine: nodes, pods, a LAN and a client, in network namespaces.
+    """Make a cluster on this machine, in network namespaces.
+
+    Nodes, their pods, a LAN, and a client outside.
 
     \b
     Examples:
-      dataplane lab up                              three nodes, six pods, a service, a client (as root)
+      dataplane lab up                              three nodes, six pods, a service (as root)
       dataplane lab up examples/cluster.toml
       dataplane lab exec client -- curl -s 192.0.2.200
       dataplane lab exec node1 -- dataplane show services
@@ -42,9 +44,9 @@ def lab() -> None:
 @click.argument("file", type=PATH, required=False)
 @click.option("--name", help="In place of the file's cluster.name: two labs run side by side.")
 def up_(file: Path | None, name: str | None) -> None:
-    """Set up the lab of a FILE (default: a built-in example), and return when all of it is ready.
+    """Set up a lab, and return when all of it is ready.
 
-    It goes on running until "dataplane lab down". What a crash has left of a lab with this name is taken away first.
+    The FILE is a cluster.toml; without one it is a built-in example. The lab goes on running until "dataplane lab down". What a crash has left of a lab with this name is taken away first.
     """
     from dataplane import config, lab, lab_file, lab_look
 
@@ -66,7 +68,7 @@ def up_(file: Path | None, name: str | None) -> None:
 @output_option("table", "json")
 @_name_option
 def status_(output: str, name: str | None) -> None:
-    """List the nodes, the pods, the client and the services, and how each of them is.
+    """List nodes, pods and services, and how they are.
 
     Exits with 3 when no lab is up, with 1 when not all of it is ready.
     """
@@ -86,9 +88,9 @@ def status_(output: str, name: str | None) -> None:
 @click.argument("place")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def exec_(name: str | None, place: str, command: tuple[str, ...]) -> NoReturn:
-    """Run a COMMAND (default: a shell) in a node, a pod, "client" or "lan"; its exit status is passed on.
+    """Run a COMMAND in a node, a pod, "client" or "lan".
 
-    In a node "dataplane" talks to that node; in a pod names are looked up in cluster DNS.
+    Without a COMMAND it is a shell. Its exit status is passed on. In a node "dataplane" talks to that node; in a pod names are looked up in cluster DNS.
 
     \b
     Examples:

@@ -102,7 +102,7 @@ def _run(plan: Plan, say: Say) -> None:
 
 def _pending(plan: Plan) -> set[str]:
     """Return the services that wait for an address out of a pool; there may be none left for them."""
-    balanced = {row["service"] for row in services(plan) if row["kind"] == "load-balancer-ip"}
+    balanced = {row["service"] for row in services(plan) if row["kind"] == "load-balancer-ip" and row["address"]}
     asked = {f"{_namespace(each)}/{each['name']}" for each in plan.services if each.get("type") == "LoadBalancer"}
     return asked - balanced
 

@@ -185,7 +185,7 @@ def table(found: Mapping[str, Any]) -> View:
                     row["service"].partition("/")[2],
                     row["kind"],
                     "",
-                    f"{row['address']}:{row['port']}/{row['protocol']}",
+                    f"{row['address'] or '<pending>'}:{row['port']}/{row['protocol']}",
                     "",
                     what,
                 )
@@ -202,7 +202,8 @@ def lines_to_try(plan: Plan, found: Mapping[str, Any], program: str) -> Iterator
     far = near and next((pod for pod in plan.pods if pod.node != near.node), None)
     by_kind: dict[str, dict[str, Any]] = {}
     for row in found["services"]:
-        if row["ready"] and row["protocol"].upper() == "TCP" and row["service"] in plan.service_names:
+        is_theirs = row["service"] in plan.service_names and row["protocol"].upper() == "TCP"
+        if is_theirs and row["ready"] and row["address"]:
             by_kind.setdefault(row["kind"], row)
     get = "curl -s" if shutil.which("curl") else "wget -qO-"
     if near and far:

@@ -315,6 +315,21 @@ def test_nobody_else_touches_a_lab_that_is_being_set_up(small):
     small.down()
 
 
+def test_without_etcd_a_lab_that_needs_it_says_what_to_install(network):
+    lab = Lab(network, "bare", state="etcd")
+    running = network.own(Process(["env", "PATH=/nonexistent", *lab.command("up", str(lab.file))], cwd=ROOT))
+    assert running.wait() == 1
+    assert running.output == 'dataplane: cluster.state = "etcd" needs the program etcd: apt-get install etcd-server'
+    lab.assert_gone()
+
+
+def test_without_the_capabilities_a_lab_is_refused_and_nothing_stays(small):
+    powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    running = small.network.own(Process([*powerless, *small.command("up", str(small.file))], cwd=ROOT))
+    assert running.wait() == 5, running.output
+    assert "run as root" in running.output
+
+
 def test_a_namespace_of_somebody_else_is_left_alone(small):
     name = f"{small.name}-web-1"
     os.close(open_namespace(name).fd)
