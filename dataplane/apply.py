@@ -109,8 +109,8 @@ class Wiring:
             settings = self.tables.settings
             settings[ROUTE_GENERATION] = (int(settings[ROUTE_GENERATION]) + 1) & 0x7FFF_FFFF
         self.engine.refresh()
-        for link in closed:
-            await asyncio.to_thread(link.close, self.journal)
+        # The kernel makes each wait for a grace period, and lets several wait for one.
+        await asyncio.gather(*(asyncio.to_thread(link.close, self.journal) for link in closed))
         for number, _ in enumerate(self.balancer.news(), 1):
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
