@@ -36,6 +36,17 @@ def _heartbeats(file: ClusterFile) -> Iterator[Problem]:
         yield Problem(("cluster", "heartbeatInterval"), text)
 
 
+def _others(file: ClusterFile) -> Iterator[tuple[str, Address, Address]]:
+    """Yield what services must not be given, under the names of the keys."""
+    yield from (("node.addresses", address, address) for address in file.node.addresses)
+    blocks = [("pods.cidr", cidr) for cidr in file.pods.cidr]
+    blocks += [("services.serviceCIDR", cidr) for cidr in file.services.service_cidr]
+    for number, peer in enumerate(file.peers):
+        yield f"peers[{number}].address", peer.address, peer.address
+        blocks += [(f"peers[{number}].podCIDR", cidr) for cidr in peer.pod_cidr]
+    yield from ((name, cidr.network_address, cidr.broadcast_address) for name, cidr in blocks)
+
+
 def _pools(file: ClusterFile) -> Iterator[Problem]:
     pools = list(each(_POOLS, file.load_balancer.ip_address_pools))
     yield from repeats(((*at, "name"), pool.name) for at, pool in pools)
@@ -51,6 +62,10 @@ def _pools(file: ClusterFile) -> Iterator[Problem]:
                 if int(first) <= int(high) and int(low) <= int(last):
                     yield Problem(path, f"{first}-{last} overlaps {low}-{high} of pool {name}")
             seen.append((path, pool.name, first, last))
+            for name, low, high in _others(file):
+                if first.version == low.version and int(first) <= int(high) and int(low) <= int(last):
+                    text = f"{first}-{last} has addresses of {name} ({low if low == high else f'{low}-{high}'})"
+                    yield Problem(path, text, (name.partition("[")[0],))
     names = {pool.name for _, pool in pools}
     for at, advertisement in each(_ADVERTISEMENTS, file.load_balancer.l2_advertisements):
         for path, name in each((*at, "ipAddressPools"), advertisement.ip_address_pools):
