@@ -98,6 +98,7 @@ def test_what_did_not_change_stays_the_same_object(store):
     assert after.pods is before.pods
     assert after.revision > before.revision
     store.put("elsewhere/x", "not even JSON")
+    assert not store.contents.changed
     assert store.cluster.services is after.services
 
 
@@ -143,7 +144,6 @@ BROKEN = [
     ("pools/bad", {"addresses": ["no"]}, "expected a prefix or a range"),
     ("pools/bad", {"addresses": []}, "expected at least one range"),
     ("advertisements/bad", {"pools": []}, "unknown key"),
-    ("owners/bad", {"node": "node2"}, "expected an IPv4 address"),
 ]
 
 
@@ -157,8 +157,8 @@ def test_a_broken_object_is_skipped_with_one_line_that_names_its_key(store, capl
     assert [line for line in complaints(caplog) if key in line and why in line] == complaints(caplog)
     assert len(complaints(caplog)) == 1
     assert list(store.services()) == ["default/web", "default/other"]
-    assert (after.nodes, after.pods, after.pools, after.advertisements, after.owners) == (
-        (before.nodes, before.pods, before.pools, before.advertisements, before.owners)
+    assert (after.nodes, after.pods, after.pools, after.advertisements) == (
+        (before.nodes, before.pods, before.pools, before.advertisements)
     )
 
 
@@ -315,13 +315,11 @@ def test_a_pod_that_moves_is_where_it_was_put_last(store):
     assert store.cluster.pods == {}
 
 
-def test_pools_advertisements_and_owners_are_read_in_the_files_words(store):
+def test_pools_and_advertisements_are_read_in_the_files_words(store):
     assert store.cluster.advertisements is None
-    assert store.cluster.owners == frozenset()
     store.put("pools/b", {"addresses": ["203.0.113.0/28"], "avoidBuggyIPs": True})
     store.put("pools/a", {"addresses": ["203.0.113.32-203.0.113.40"], "serviceAllocation": {"priority": 5}})
     store.put("advertisements/all", {"ipAddressPools": ["a"], "nodeSelectors": [{"matchLabels": {"rack": "1"}}]})
-    store.put("owners/203.0.113.32", {"node": "node3"})
     cluster = store.cluster
     assert [(pool.name, pool.priority, pool.avoid_buggy_ips) for pool in cluster.pools] == [
         ("a", 5, False),
@@ -329,7 +327,6 @@ def test_pools_advertisements_and_owners_are_read_in_the_files_words(store):
     ]
     assert cluster.advertisements is not None
     assert [each.name for each in cluster.advertisements] == ["all"]
-    assert cluster.owners == {(ip_address("203.0.113.32"), "node3")}
 
 
 def test_a_listener_hears_of_every_key_of_its_kind(store):

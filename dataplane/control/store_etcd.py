@@ -202,9 +202,11 @@ class EtcdSource:
         if self._sink is None or self._taking:  # half of a revision is nobody's business; it is handed out at its end
             return
         self._shown = self._revision
+        changed = self.contents.changed  # or it was a key that has a reader of its own
         cluster = self.contents.cluster(self._revision)
         self._writer.follow(cluster)
-        self._sink(cluster)
+        if changed:
+            self._sink(cluster)
         self._handed.set()
         self._handed = asyncio.Event()
 
