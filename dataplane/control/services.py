@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import ip_network
+from itertools import compress
+from operator import is_not
 from typing import Literal, NamedTuple, TypeAlias
 
 from dataplane.control.state import Address, DesiredState, Endpoint, Network, Protocol, Service, ServicePort
@@ -292,7 +294,8 @@ def changed_services(old: DesiredState, new: DesiredState) -> tuple[list[Service
     if old.services is new.services:
         return [], []
     if len(old.services) == len(new.services):
-        pairs = [(a, b) for a, b in zip(old.services, new.services, strict=True) if a is not b and a != b]
+        both = zip(old.services, new.services, strict=True)
+        pairs = [(a, b) for a, b in compress(both, map(is_not, old.services, new.services)) if a != b]
         if all(a.id == b.id for a, b in pairs):
             return [a for a, _ in pairs], [b for _, b in pairs]
     before, after = ({service.id: service for service in state.services} for state in (old, new))

@@ -32,6 +32,7 @@ POD_GATEWAY = IPv4Address("169.254.1.1")  # Calico's: link-local, so no pod or n
 INTERFACE_HASH = 11  # hex digits: with a prefix of four letters the kernel's limit of 15 is just kept
 
 
+@lru_cache(maxsize=4096)
 def vtep_mac(node: str) -> int:
     """Return the MAC of a node's VTEP as Calico derives it: 0x66, then the first five bytes of sha1(name)."""
     return int.from_bytes(b"\x66" + hashlib.sha1(node.encode(), usedforsecurity=False).digest()[:5])
