@@ -11,6 +11,7 @@ a node's VTEP has the MAC 0x66 + sha1(node)[0:5], and its tunnel address is the 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
