@@ -36,6 +36,7 @@ from dataplane.tables.result import TableFullError
 if TYPE_CHECKING:
     from dataplane.attach import Attacher
     from dataplane.control.api import Extension
+    from dataplane.dns_service import DnsService
     from dataplane.resolver import Resolver
 
 RUN = Path("/run/dataplane")
@@ -92,7 +93,7 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
     follower = Follower(node, source) if source is not None else None
     attacher = _attacher(node)
-    resolver = _resolver(node, follower)
+    service, resolver = _dns_service(node), None
     failover = open_failover(node, settings)
     try:
         if follower is not None and not await _joined(follower, node):
@@ -110,8 +111,8 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
         notify("READY=1")
         if attacher is not None:
             attacher.start()
-        if resolver is not None:
-            await resolver.start()
+        if service is not None:
+            resolver = await _resolver(node, service, follower)
         await _serve(node, log_book, follower, attacher, resolver)
     finally:
         notify("STOPPING=1")
@@ -124,6 +125,8 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
         await node.stop()
         if resolver is not None:
             await resolver.stop()
+        if service is not None:
+            service.close()
     log.info("stopped node=%s", settings.state.node.name)
     return 0
 
@@ -150,13 +153,23 @@ def _attacher(node: Node) -> "Attacher | None":
     return open_attacher(node, RUN)
 
 
-def _resolver(node: Node, follower: Follower | None) -> "Resolver | None":
-    """Return what answers for the cluster's names, if the node is to; before the node starts, for its service."""
+def _dns_service(node: Node) -> "DnsService | None":
+    """Return the service of cluster DNS, if the node is to have it: it is in the first state already."""
     if node.settings.state.dns is None:
         return None
+    from dataplane.dns_service import DnsService
+
+    return DnsService(node)
+
+
+async def _resolver(node: Node, service: "DnsService", follower: Follower | None) -> "Resolver":
+    """Return what answers for the cluster's names, started."""
+    await asyncio.to_thread(importlib.import_module, "dataplane.resolver")  # packets flow meanwhile
     from dataplane.resolver import Resolver
 
-    return Resolver(node, (lambda: follower.cluster) if follower is not None else Cluster)
+    resolver = Resolver(node, service, (lambda: follower.cluster) if follower is not None else Cluster)
+    await resolver.start()
+    return resolver
 
 
 async def _serve(

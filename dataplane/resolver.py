@@ -1,9 +1,8 @@
-"""Cluster DNS on this node: sockets behind ``dp0``, and the virtual server that leads pods to them.
+"""Cluster DNS on this node: reads the sockets behind its service, and answers what comes there.
 
-The cluster IP that pods ask, port 53, is a service like any other: conntrack and NAT bring its packets to the host's
-link, where two ordinary sockets wait, UDP and TCP. Every node answers its own pods. The sockets are bound before the
-service is there, to an address that need not be there yet and to whatever ports are free; what comes before the names
-are loaded waits in them. So the service is in the very first state, and *ready* does not wait for it.
+Datagrams are answered as many at a time as there are, up to a limit, since packets want their turn; connections by a
+task each, and so are names of others, for which an upstream has to be asked. Names follow the node's state: an answer
+that was sent after an edit was done knows of it.
 """
 
 import asyncio
@@ -13,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,41 +23,17 @@ from dataplane.control.dns_wire import TCP_MAX, Query, read_query, write_questio
 from dataplane.control.dns_zone import Found, Zone
 from dataplane.control.snapshot import endpoint_text
 from dataplane.control.snapshot_dns import OFF, Dns, DnsAnswer, DnsTry
-from dataplane.control.state import Address, DesiredState, Endpoint, Service, ServicePort
+from dataplane.control.state import DesiredState
+from dataplane.dns_service import DnsService
 from dataplane.forward import Upstreams
 from dataplane.node import Node
 
-NAMESPACE, NAME, OTHER_NAME = "kube-system", "kube-dns", "node-dns"
-PORT = 53
-
-_IP_FREEBIND = 15  # linux/in.h: the host's link may not be up yet
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-_RECEIVE_BUFFER = 4 << 20  # a query counts for 768 bytes: 5,000 of them, while names are loaded
 _QUERY_MAX = 4096
 _AT_ONCE = 64  # queries until packets have their turn again: half a millisecond
 _CONNECTIONS = 512
 _IDLE_S = 10.0  # for the next query on a connection (RFC 7766 6.2.3)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Listener:
-    """The two sockets at one address."""
-
-    address: Address
-    udp: socket.socket
-    tcp: socket.socket
-
-    @property
-    def ports(self) -> tuple[ServicePort, ServicePort]:
-        """The service's, and where they lead to."""
-        udp, tcp = (each.getsockname()[1] for each in (self.udp, self.tcp))
-        return ServicePort(PORT, "UDP", "dns", udp), ServicePort(PORT, "TCP", "dns-tcp", tcp)
-
-    def close(self) -> None:
-        self.udp.close()
-        self.tcp.close()
 
 
 class Resolver:
@@ -70,68 +44,21 @@ class Resolver:
         upstreams: Are asked about names of others.
 
     Args:
-        node: Not started yet.
+        node: Started.
+        service: Leads here.
         cluster: Returns what the store knows; an empty cluster without one.
     """
 
-    def __init__(self, node: Node, cluster: Callable[[], Cluster]) -> None:
+    def __init__(self, node: Node, service: DnsService, cluster: Callable[[], Cluster]) -> None:
         self.responder = Responder(Zone())
         self.upstreams = Upstreams()
         self._node = node
+        self._service = service
         self._cluster = cluster
-        self._listener: _Listener | None = None
         self._server: asyncio.Server | None = None
-        self._answering: _Listener | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._seen: tuple[Service, ...] | None = None
-        self._made: tuple[Service, ...] = ()
-        self._failed: Address | None = None
-        node.amend(self._with_service)
         node.names = self.snapshot
-
-    # --- the service -------------------------------------------------------------------------------------------------
-
-    def _with_service(self, state: DesiredState) -> DesiredState:
-        """Return the state with the virtual server that leads here.
-
-        Where the store has such a service itself, as clusters with CoreDNS do, ours takes its place.
-        """
-        address = state.host_address
-        if state.dns is None or address is None:
-            return state
-        if self._listener is None or self._listener.address != address:
-            self._listen(address)
-        if self._listener is None:
-            return state
-        endpoint = Endpoint(address, node=state.node.name)
-        own = Service(
-            _name(state, state.dns.address),
-            NAMESPACE,
-            cluster_ips=(state.dns.address,),
-            ports=self._listener.ports,
-            endpoints=(endpoint,),
-            origin="node",
-        )
-        if state.services is not self._seen or self._made[0] != own:
-            self._seen = state.services
-            self._made = (own, *(service for service in state.services if service.id != own.id))
-        return replace(state, services=self._made)
-
-    def _listen(self, address: Address) -> None:
-        """Bind new sockets; those that answer until now are closed when the state has changed (`follow`)."""
-        if self._listener is not None and self._listener is not self._answering:
-            self._listener.close()
-        if self._answering is not None and self._answering.address == address:
-            self._listener = self._answering  # what led elsewhere for a moment was refused
-            return
-        try:
-            self._listener = _bound(address)
-        except OSError as error:
-            self._listener = None
-            if address != self._failed:
-                log.error("no cluster dns: cannot listen address=%s: %s", address, error.strerror)
-            self._failed = address
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
@@ -156,22 +83,19 @@ class Resolver:
         settings = self.responder.zone.settings
         if settings is not None:
             self.upstreams.configure(settings.upstreams)
-        if self._listener is self._answering:
+        service = self._service
+        if service.listener is service.answering:
             return
-        await self._close()
-        self._answering = self._listener
-        if self._listener is not None:
-            self._server = await asyncio.start_server(self._connected, sock=self._listener.tcp)
-            reader = partial(self._readable, self._listener.udp)
-            asyncio.get_running_loop().add_reader(self._listener.udp.fileno(), reader)
-            log.info("cluster dns listening address=%s", self._listener.address)
+        self._close()
+        service.answering = listener = service.listener
+        if listener is not None:
+            self._server = await asyncio.start_server(self._connected, sock=listener.tcp)
+            asyncio.get_running_loop().add_reader(listener.udp.fileno(), self._readable, listener.udp)
+            log.info("cluster dns listening address=%s", listener.address)
 
     async def stop(self) -> None:
         """Answer no more. Comes after the node's end: its service is gone by then."""
-        await self._close()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        self._close()
         self.upstreams.close()
         for task in self._tasks:
             task.cancel()
@@ -179,15 +103,18 @@ class Resolver:
             writer.transport.abort()  # not its task: asyncio would complain about the end of that
         await asyncio.gather(*self._tasks, *self._connections, return_exceptions=True)
 
-    async def _close(self) -> None:
-        if self._answering is None:
+    def _close(self) -> None:
+        listener = self._service.answering
+        if listener is None:
             return
-        asyncio.get_running_loop().remove_reader(self._answering.udp.fileno())
+        asyncio.get_running_loop().remove_reader(listener.udp.fileno())
         if self._server is not None:
             self._server.close()
             self._server = None
-        self._answering.close()
-        self._answering = None
+        listener.close()
+        self._service.answering = None
+        if self._service.listener is listener:
+            self._service.listener = None
 
     # --- for people --------------------------------------------------------------------------------------------------
 
@@ -198,7 +125,7 @@ class Resolver:
             return OFF
         requests, responses = responder.counters()
         servers, now = upstreams.servers, time.monotonic()
-        sockets = self._answering
+        sockets = self._service.answering
         places = () if sockets is None else tuple((str(sockets.address), each) for each in sockets.ports)
         return {
             "domain": settings.domain,
@@ -340,32 +267,6 @@ class Resolver:
         finally:
             if waiting and not writer.is_closing():
                 await asyncio.wait(waiting)
-
-
-def _name(state: DesiredState, address: Address) -> str:
-    """Return the service's name: the usual one, unless the store has a service of that name at another address."""
-    for service in state.services:
-        if (service.namespace, service.name) == (NAMESPACE, NAME) and address not in service.cluster_ips:
-            return OTHER_NAME
-    return NAME
-
-
-def _bound(address: Address) -> _Listener:
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    udp, tcp = socket.socket(family, socket.SOCK_DGRAM), socket.socket(family, socket.SOCK_STREAM)
-    try:
-        for each in (udp, tcp):
-            each.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-            each.setblocking(False)
-            each.bind((str(address), 0))
-        with suppress(PermissionError):  # without CAP_NET_ADMIN the usual buffer has to do
-            udp.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
-        tcp.listen(_CONNECTIONS)
-    except BaseException:
-        udp.close()
-        tcp.close()
-        raise
-    return _Listener(address, udp, tcp)
 
 
 def _send(udp: socket.socket, client: Any, reply: bytes) -> None:

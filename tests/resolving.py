@@ -14,6 +14,7 @@ from dnslib import EDNS0, RR, A, DNSRecord
 
 from dataplane.control.cluster import Cluster
 from dataplane.control.state import DesiredState, Dns, Node, PodNetwork
+from dataplane.dns_service import DnsService
 from dataplane.resolver import Resolver
 from tests.dns_world import SERVICES
 
@@ -57,13 +58,15 @@ class FakeNode:
 async def resolving(state: DesiredState = STATE):
     """Run a resolver; give it and its node."""
     node = FakeNode(state)
-    made = Resolver(cast(Any, node), Cluster)
+    leading = DnsService(cast(Any, node))
     await node.become(state)
+    made = Resolver(cast(Any, node), leading, Cluster)
     await made.start()
     try:
         yield made, node
     finally:
         await made.stop()
+        leading.close()
 
 
 def place(node: FakeNode, protocol: str) -> tuple[str, int]:

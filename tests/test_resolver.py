@@ -1,6 +1,7 @@
 """The resolver's service and its sockets: datagrams and connections on the loopback."""
 
 import asyncio
+import errno
 import socket
 from dataclasses import replace
 from ipaddress import ip_network
@@ -9,9 +10,10 @@ from typing import Any, cast
 import pytest
 from dnslib import DNSRecord
 
-from dataplane import resolver
+from dataplane import dns_service, resolver
 from dataplane.control.cluster import Cluster
 from dataplane.control.state import PodNetwork
+from dataplane.dns_service import DnsService
 from dataplane.resolver import Resolver
 from tests.dns_world import SERVICES, endpoint, question, service, summary
 from tests.resolving import HOME, PATIENCE, STATE, VIP, WEB, FakeNode, ask, ask_tcp, client, place, resolving, scenario
@@ -22,7 +24,7 @@ from tests.resolving import HOME, PATIENCE, STATE, VIP, WEB, FakeNode, ask, ask_
 @scenario
 async def test_the_service_leads_to_sockets_that_are_bound():
     node = FakeNode(STATE)
-    made = Resolver(cast(Any, node), Cluster)
+    leading = DnsService(cast(Any, node))
     state = await node.become(STATE)
     own = state.services[0]
     assert (own.id, own.cluster_ips, own.origin) == ("kube-system/kube-dns", (VIP,), "node")
@@ -31,9 +33,11 @@ async def test_the_service_leads_to_sockets_that_are_bound():
     assert state.services[1:] == SERVICES
     async with client(place(node, "UDP")) as early:
         early.transport.sendto(question(WEB))  # nobody answers yet, and nothing is lost
+        made = Resolver(cast(Any, node), leading, Cluster)
         await made.start()
         assert summary(DNSRecord.parse(await early.next())) == "A 10.96.0.1"
     await made.stop()
+    leading.close()
 
 
 @scenario
@@ -63,13 +67,25 @@ async def test_a_dns_service_at_another_address_stays():
 
 
 @scenario
-async def test_without_an_address_there_is_no_service(caplog):
+async def test_without_an_address_there_is_no_service():
     node = FakeNode(STATE)
-    made = Resolver(cast(Any, node), Cluster)
+    leading = DnsService(cast(Any, node))
     assert (await node.become(replace(STATE, pod_network=PodNetwork()))).services is SERVICES
     assert (await node.become(replace(STATE, dns=None))).services is SERVICES
-    await made.start()
-    await made.stop()
+    assert leading.listener is None
+
+
+@scenario
+async def test_what_cannot_be_bound_is_said_once(caplog, monkeypatch):
+    def refuse(address):
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    monkeypatch.setattr(dns_service, "_bound", refuse)
+    node = FakeNode(STATE)
+    DnsService(cast(Any, node))
+    for _ in range(2):
+        assert (await node.become(STATE)).services is SERVICES
+    assert caplog.messages == [f"no cluster dns: cannot listen address={HOME}: No buffer space available"]
 
 
 @scenario
@@ -89,7 +105,7 @@ async def test_a_new_address_gets_new_sockets_and_the_old_ones_go():
 async def test_a_refused_move_keeps_the_sockets():
     async with resolving() as (made, node):
         before = place(node, "UDP")
-        made._with_service(replace(STATE, pod_network=PodNetwork((ip_network("127.9.1.2/32"),))))
+        made._service.over(replace(STATE, pod_network=PodNetwork((ip_network("127.9.1.2/32"),))))
         assert (await node.become(STATE)).services[0].ports[0].target_port == before[1]
         assert summary((await ask(before, question(WEB)))[0]) == "A 10.96.0.1"
 
