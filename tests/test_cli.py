@@ -78,6 +78,7 @@ HEAVY = ("numba", "numpy", "aiohttp", "rich", "prometheus_client", "uvloop", "py
         ["show", "routes", "--socket", "/nowhere"],
         ["show", "conntrack", "-o", "conntrack", "--socket", "/nowhere"],
         ["service", "set", "web", "--port", "80", "--socket", "/nowhere"],
+        ["cluster", "status", "--socket", "/nowhere"],
         ["lab", "status", "--name", "nowhere"],
         ["lab", "down", "--name", "nowhere"],
     ],
@@ -207,6 +208,14 @@ def test_only_routes_know_iproute(path):
 def test_status_says_what_runs(path):
     assert re.search(r"^name +node1$", dataplane("status", "--socket", path).stdout, re.MULTILINE)
     assert json.loads(dataplane("status", "-o", "json", "--socket", path).stdout) == snapshots()["status"]
+
+
+def test_cluster_status_says_who_is_in_and_how_the_store_is_doing(path):
+    table = dataplane("cluster", "status", "--socket", path).stdout
+    assert re.search(r"^node1 +192\.0\.2\.11 +10\.244\.1\.0/26 .* alive +\*$", table, re.MULTILINE)
+    assert re.search(r"^node2 +192\.0\.2\.12 +10\.244\.2\.0/26 +- +away$", table, re.MULTILINE)
+    assert table.splitlines()[-1].startswith("etcd http://192.0.2.100:2379: connected since")
+    assert json.loads(dataplane("cluster", "status", "-o", "json", "--socket", path).stdout) == snapshots()["cluster"]
 
 
 def test_reload_says_what_was_done(path):
