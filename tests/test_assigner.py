@@ -123,6 +123,8 @@ def test_kubernetes_services_say_themselves_what_they_have():
     assert having(made) == {"a": (FIRST,), "b": (), "c": ()}
     assert not made.assigned
     assert made.refused.keys() == {"default/b", "default/c"}
+    by_others = replace(services[0], load_balancer_ips=(IPv4Address("198.51.100.1"),))
+    assert Running("kubernetes").become(state(by_others, pools=())).refused == {}
 
 
 NAMES = st.sampled_from("abcd")

@@ -17,6 +17,7 @@ from operator import is_not
 from typing import Literal, TypeAlias
 
 from dataplane.control.loadbalancer import SHARED, Assignments, Outcome, allocate, annotation, is_ours, without_given
+from dataplane.control.pools import pool_of
 from dataplane.control.state import Address, AddressPool, DesiredState, Service
 
 SourceName: TypeAlias = Literal["static", "etcd", "kubernetes"]
@@ -69,7 +70,8 @@ class Assigner:
         if self._source == "etcd":
             return state.assigned
         if self._source == "kubernetes":
-            return {each.id: each.load_balancer_ips for each in state.services if each.load_balancer_ips}
+            having = (each for each in state.services if each.load_balancer_ips)
+            return {each.id: each.load_balancer_ips for each in having if _is_of_pools(each, state.pools)}
         before = self._applied()
         return before.assigned if before is not None else {}
 
@@ -142,6 +144,11 @@ def _text(addresses: tuple[Address, ...]) -> str:
 
 def _takes(service: Service, held: Assignments) -> bool:
     return service.type == "LoadBalancer" and is_ours(service, held)
+
+
+def _is_of_pools(service: Service, pools: tuple[AddressPool, ...]) -> bool:
+    """Say whether a service's addresses may be out of our pools; others were given by somebody else."""
+    return all(pool_of(pools, address) is not None for address in service.load_balancer_ips)
 
 
 def _differences(before: tuple[Service, ...], after: tuple[Service, ...]) -> list[int] | None:
