@@ -126,6 +126,7 @@ default_network = "dataplane"
 [engine]
 runtime = "{runtime}"
 cgroup_manager = "cgroupfs"
+lock_type = "file"
 events_logger = "none"
 static_dir = "{state}/static"
 tmp_dir = "{state}/tmp"
@@ -179,8 +180,8 @@ def podman(network: Network, runtime: Runtime, tmp_path):
 
 
 def test_podmans_containers(network, node, podman, root):
-    podman.start("first", "--rootfs", root, "sleep", "1000")
-    podman.start("second", "--rootfs", root, "sleep", "1000")
+    podman.start("first", "--rootfs", root, "sleep", "600")
+    podman.start("second", "--rootfs", root, "sleep", "600")
     assert pods(node) == ["default/first", "default/second"]
     first = assert_connected(podman("exec", "first", "sh", "-c", SCRIPT))
     shown = json.loads(podman("inspect", "second"))[0]["NetworkSettings"]["Networks"]["dataplane"]
@@ -197,9 +198,7 @@ def test_podmans_containers(network, node, podman, root):
 
 
 def test_podmans_containers_have_the_address_that_is_asked_for(node, podman, root):
-    podman.start(
-        "fixed", "--ip", "10.244.1.99", "--mac-address", "02:00:00:00:09:09", "--rootfs", root, "sleep", "1000"
-    )
+    podman.start("fixed", "--ip", "10.244.1.99", "--mac-address", "02:00:00:00:09:09", "--rootfs", root, "sleep", "600")
     assert assert_connected(podman("exec", "fixed", "sh", "-c", SCRIPT)) == "10.244.1.99"
     assert "02:00:00:00:09:09" in podman("exec", "fixed", "ip", "link", "show", "eth0")
     podman("rm", "--force", "--time", "0", "fixed")
@@ -236,6 +235,7 @@ def ctr(network: Network, runtime: Runtime, directory: Path):
         daemon = network.own(Process(["python3", str(shelter), *mounts, "--", *program]))
         enter = ["nsenter", "--mount", "--target", str(daemon.pid), "--", "ctr"]
         try:
+            eventually((state / "run/containerd/containerd.sock").is_socket, timeout=30)  # ctr would wait for 10 s
             eventually(lambda: _succeeds([*enter, "version"]), timeout=30)
             yield lambda *arguments: run([*enter, *map(str, arguments)], timeout=120)
         finally:

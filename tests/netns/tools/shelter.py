@@ -2,7 +2,7 @@
 
 Each source is mounted over its target, in a mount namespace of our own: nobody else sees it. Daemons that leave their
 parents (a container runtime's shims) become children of this process, which kills and reaps them when the program has
-ended or a SIGTERM comes.
+ended, a SIGTERM comes, or whoever started it has gone.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 4096, 16384, 1 << 18
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
         source, target = (os.fsencode(path) for path in pair.split(":"))
         check(libc.mount(source, target, None, MS_BIND | MS_REC, None))
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
     program = subprocess.Popen(arguments[at + 1 :])
     signal.signal(signal.SIGTERM, lambda *_: program.terminate())
     try:
