@@ -270,6 +270,21 @@ def test_empty_blocks_are_given_back_after_a_minute_but_never_the_first():
     assert set(node.store.entries()) == {block_key(ip_network(first)), affinity_key("node1", ip_network(first))}
 
 
+def test_a_block_that_is_used_meanwhile_is_not_given_back():
+    node = Node()
+    node.join()
+    for number in range(16):
+        node.assign(f"pod{number}")
+    address = node.held()["pod15"]
+    node.release("pod15", NOW)
+    steps, answer = node.allocator.give_back(NOW + 60), None
+    while not isinstance(operation := steps.send(answer), Swap):
+        answer = node.store.answer(operation)
+    assert node.request(address, "late", NOW + 60) == address
+    assert finish(node.store, steps, node.store.answer(operation)) == ()
+    assert len(node.prefixes()) == 2
+
+
 def test_the_first_block_is_kept_also_without_a_tunnel_address():
     node = Node()
     node.assign("a")
