@@ -10,7 +10,7 @@ CONFIG ?= examples/node.toml
 
 # The clients and peers of the traffic tests.
 TOOLS  := iproute2 iputils-ping arping traceroute tcpdump tshark iperf3 ethtool procps curl gcc libc6-dev \
-          bind9-dnsutils dnsmasq-base nftables conntrack iptables openssl etcd-server \
+          bind9-dnsutils dnsmasq-base dnsperf nftables conntrack iptables openssl etcd-server \
           podman containerd busybox-static
 
 .PHONY: venv tools run test test-compiled test-interpreted test-bounds conformance lint bench clean

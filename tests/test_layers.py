@@ -28,7 +28,7 @@ LAYERS = [
     {"report_services"},
     {"underlay", "host", "report"},
     {"node"},
-    {"failover", "follow", "forward", "addresses"},
+    {"failover", "follow", "dns_service", "forward", "addresses"},
     {"attach", "resolver"},
     {"daemon"},
     {"lab_plan", "lab_serve"},
