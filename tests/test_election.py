@@ -293,3 +293,39 @@ def test_the_winner_has_the_highest_preference_and_then_the_smallest_sum(nodes, 
     found = winner(nodes, address, scores)
     assert found in nodes
     assert (-scores.get(found, 0), hashlib.sha256(f"{found}#{address}".encode()).hexdigest()) == ranked[0]
+
+
+SELECTORS = st.sampled_from([(), (SELECTED,), (UNLABELLED,), (Selector((("zone", "a"),)), SELECTED)])
+ADVERTISEMENTS = st.builds(
+    L2Advertisement,
+    pools=st.sampled_from([frozenset[str](), frozenset({"lan"}), frozenset({"external"})]),
+    node_selectors=SELECTORS,
+    preferences=st.lists(st.tuples(st.integers(1, 100), st.sampled_from([SELECTED, UNLABELLED])), max_size=2).map(
+        tuple
+    ),
+)
+NODE_LABELS = st.sampled_from([(), EDGE, (("zone", "a"),), ((EXCLUDED, ""),)])
+ENDPOINTS = st.lists(st.sampled_from([HERE, THERE, UNNAMED, NOT_READY]), max_size=3).map(tuple)
+
+
+@given(
+    st.none() | st.lists(ADVERTISEMENTS, max_size=3).map(tuple),
+    st.tuples(NODE_LABELS, NODE_LABELS, NODE_LABELS),
+    st.sets(st.sampled_from(["node1", "node2", "node3"]), max_size=2),
+    ENDPOINTS,
+    st.sampled_from(["Cluster", "Local"]),
+)
+def test_nodes_that_know_the_same_agree_and_one_at_most_announces(advertisements, labels, dead, endpoints, policy):
+    named = dict(zip(("node1", "node2", "node3"), labels, strict=True))
+    wanted = service(*endpoints, external_policy=policy)
+    views = {}
+    for me in (1, 2, 3):
+        made = labelled(state(wanted, me=me, peers=tuple(each for each in (1, 2, 3) if each != me)), **named)
+        views[f"node{me}"] = replace(
+            made, advertisements=advertisements, pools=(POOL, EXTERNAL), silent=frozenset(dead), owners=None
+        )
+    assert len({owner(ADDRESS, view) for view in views.values()}) == 1
+    found = owner(ADDRESS, views["node1"])
+    assert [name for name, view in views.items() if announced(view)] == ([found] if found else [])
+    assert found not in dead
+    assert found is None or all(key != EXCLUDED for key, _ in named[found])

@@ -61,10 +61,10 @@ def owners(state: DesiredState) -> Mapping[Address, str]:
 
 def elected(state: DesiredState) -> Mapping[Address, str]:
     """Return who should announce the load balancers' addresses by the election, whatever a store says."""
-    return _elected(_Same(state))
+    return _elected(Same(state))
 
 
-class _Same:
+class Same:
     """A state that is found again by being the same object: to compare whole states would cost more than to elect."""
 
     def __init__(self, state: DesiredState) -> None:
@@ -74,11 +74,11 @@ class _Same:
         return id(self.state)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.state is self.state
+        return isinstance(other, Same) and other.state is self.state
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _elected(same: _Same) -> Mapping[Address, str]:
+def _elected(same: Same) -> Mapping[Address, str]:
     state = same.state
     electorate = _Electorate(state)
     found = ((address, electorate.elect(address, services)) for address, services in holders(state).items())

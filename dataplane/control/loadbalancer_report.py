@@ -1,13 +1,24 @@
 """What ``dataplane loadbalancer show`` and the metrics say of pools and addresses: made of a state alone; pure."""
 
-from dataplane.control.election import holders, owners
+from functools import lru_cache
+
+from dataplane.control.election import Same, holders, owners
 from dataplane.control.pools import PoolUse, pool_of, usage
 from dataplane.control.snapshot import BalancedAddress, LoadBalancer, PoolRow
 from dataplane.control.state import Address, DesiredState
 
 
 def snapshot(state: DesiredState) -> LoadBalancer:
-    """Return pools with their use, addresses with their services and owner, and who waits."""
+    """Return pools with their use, addresses with their services and owner, and who waits.
+
+    Of one state it is made once: it takes 10 us for an address, and metrics ask every few seconds.
+    """
+    return _made(Same(state))
+
+
+@lru_cache(maxsize=1)
+def _made(same: Same) -> LoadBalancer:
+    state = same.state
     return {
         "pools": [_pool(use) for use in usage(state.pools, state.services)],
         "addresses": _addresses(state),
