@@ -75,6 +75,9 @@ async def fifty_at_once(server, request):
         await asyncio.gather(*(node.release(f"pod{number}", NOW) for number in range(50)))
         await node.release("never heard of", NOW)
         assert await node.held() == {}
+        twins = await asyncio.gather(*(node.assign("twin", NOW) for _ in range(3)))
+        assert await node.held() == {"twin": twins[0]}
+        assert len(set(twins)) == 1
 
 
 def test_fifty_pods_at_once_fill_one_block(shared, request):
