@@ -90,7 +90,12 @@ def held(node: Node) -> set[str]:
     return {word.split("/")[3] for word in shown.split('"') if word.startswith("cni/")}
 
 
-def test_containers_of_two_nodes_reach_each_other(nodes, runtimes, containers):
+def published(network: Network, etcd: EtcdServer) -> set[str]:
+    """Return the pods that everybody may know of."""
+    return {key.rpartition("/")[2] for key in etcd.range(f"/{network.prefix}/pods/")}
+
+
+def test_containers_of_two_nodes_reach_each_other(network, nodes, runtimes, containers, etcd):
     (one, two), (c1, c2, c3) = runtimes, containers
     addresses = [address_of(runtime.add(each)) for runtime, each in ((one, c1), (one, c2), (two, c3))]
     first, second, third = (ip_network(f"{address}/26", strict=False) for address in addresses)
@@ -101,9 +106,11 @@ def test_containers_of_two_nodes_reach_each_other(nodes, runtimes, containers):
     checks.ping(c1, addresses[2])
     checks.ping(c3, addresses[0])
     assert held(nodes[0]) == {each.name for each in containers}
+    eventually(lambda: published(network, etcd) == {each.name for each in containers})
     for runtime, each in ((one, c1), (one, c2), (two, c3)):
         runtime.delete(each)
     assert held(nodes[0]) == set()
+    eventually(lambda: published(network, etcd) == set())
 
 
 def test_without_etcd_containers_stay_and_go_but_none_comes(nodes, runtimes, containers, etcd):

@@ -198,7 +198,19 @@ def test_podmans_containers(network, node, podman, root):
 
 
 def test_podmans_containers_have_the_address_that_is_asked_for(node, podman, root):
-    podman.start("fixed", "--ip", "10.244.1.99", "--mac-address", "02:00:00:00:09:09", "--rootfs", root, "sleep", "600")
+    podman.start(
+        "fixed",
+        "--network",
+        "dataplane",
+        "--ip",
+        "10.244.1.99",
+        "--mac-address",
+        "02:00:00:00:09:09",
+        "--rootfs",
+        root,
+        "sleep",
+        "600",
+    )
     assert assert_connected(podman("exec", "fixed", "sh", "-c", SCRIPT)) == "10.244.1.99"
     assert "02:00:00:00:09:09" in podman("exec", "fixed", "ip", "link", "show", "eth0")
     podman("rm", "--force", "--time", "0", "fixed")
