@@ -245,7 +245,10 @@ def _pools(file: File, values: dict[str, Any]) -> Iterator[Problem]:
     """NatOutgoing and kube-proxy's detection of local traffic are about prefixes, of which there is a limit."""
     given = len(values.get("services", {}).get("clusterCIDR", ()))
     count = given * (1 + file.pods.nat_outgoing)
-    if not given and file.pods.nat_outgoing:
+    if not given and file.pods.nat_outgoing and file.state.source != "static":
+        text = "missing; expected the prefixes of all pods: pods.natOutgoing needs them where a store has the blocks"
+        yield Problem(("services", "clusterCIDR"), text, ("services.clusterCIDR", "state.source"))
+    elif not given and file.pods.nat_outgoing:
         blocks = [*file.pods.cidr, *(cidr for peer in file.peers for cidr in peer.pod_cidr)]
         count = len(list(collapse_addresses(block for block in blocks if isinstance(block, IPv4Network))))
     if count > POOLS:

@@ -152,3 +152,10 @@ def test_what_is_switched_off_is_accepted():
 )
 def test_ipv6_comes_later(source, key):
     assert any(f": {key}: IPv6 is not supported yet (got " in line for line in errors(source)), errors(source)
+
+
+def test_nat_outgoing_needs_to_know_all_pods_where_a_store_has_their_blocks():
+    text = '[state]\nsource = "etcd"\n[pods]\nnatOutgoing = true\n[uplink]\ninterface = "eth0"\n'
+    text += '[node]\naddresses = ["192.0.2.11"]\n'
+    assert "services.clusterCIDR: missing; expected the prefixes of all pods" in errors(text)[0]
+    assert errors(text + '[services]\nclusterCIDR = ["10.244.0.0/16"]\n') == []

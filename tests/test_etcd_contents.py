@@ -135,6 +135,7 @@ BROKEN = [
     ("endpoints/default/web/bad", ["10.244.1.3"], "endpoints[0]: expected a table"),
     ("nodes/bad", {"addresses": ["nowhere"]}, "expected an IPv4 address (got 'nowhere')"),
     ("nodes/bad", {"podCIDR": ["10.0.0.1/8"]}, "10.0.0.1/8 has host bits set"),
+    ("nodes/bad", {"podCIDR": ["0.0.0.0/0"]}, "podCIDR: expected a block of pods"),
     ("nodes/bad", {"vtepMAC": "zz"}, "invalid literal"),
     ("nodes/bad", {"vtepMAC": "01:00:00:00:00:00"}, "vtepMAC: expected a unicast MAC"),
     ("nodes/bad", {"labels": []}, "labels: expected an object"),
@@ -302,6 +303,17 @@ def test_of_two_nodes_with_one_address_the_living_one_stays_then_the_older_and_t
     store.put("nodes/node1", {"addresses": ["192.0.2.13"]})
     assert list(store.cluster.nodes) == ["node1"]
     assert complaints(caplog)[0].endswith(f"{PREFIX}/nodes/new: 192.0.2.13 is also that of node old")
+
+
+def test_the_files_peers_come_before_nodes_that_want_the_same(store, caplog):
+    store.put("nodes/other", {"addresses": ["192.0.2.12"]})
+    store.put("nodes/node2", {"addresses": ["192.0.2.12"]})
+    assert [(peer.name, str(peer.address)) for peer in over(store.cluster, store.state).peers] == [
+        ("node2", "192.0.2.12")
+    ]
+    assert [line.partition("nodes/")[2] for line in complaints(caplog)] == [
+        "other: 192.0.2.12 is also that of node node2"
+    ]
 
 
 def test_a_pod_that_moves_is_where_it_was_put_last(store):

@@ -33,6 +33,8 @@ from dataplane.control.loadbalancer_etcd import holders
 from dataplane.control.services import ServerKey
 from dataplane.control.state import Address, AddressPool, DesiredState, Endpoint, L2Advertisement, Service
 
+_SHORTEST = 8  # a route to half of the world is a mistake
+
 Listener = Callable[[KeyValue], None]
 
 log = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ class Contents:
         self._complaints: dict[str, str] = {}
         self._listeners: dict[str, list[Listener]] = {}
         self._services = Services(objects.claims, state.services)
-        self._nodes = Nodes(state.node.name)
+        self._nodes = Nodes(state.node.name, state.peers)
         self._pods: dict[str, tuple[str, ClusterPod]] = {}
         self._pools: dict[str, AddressPool] = {}
         self._advertisements: dict[str, L2Advertisement] = {}
@@ -314,8 +316,11 @@ def _node(text: str) -> StoredNode:
     except (ValueError, TypeError) as error:
         raise ObjectError(str(error)) from None
     addresses = _addresses(values, "addresses")
-    if any(cidr.version == 6 for cidr in cidrs):
-        raise ObjectError("podCIDR: IPv6 is not supported yet")
+    for cidr in cidrs:
+        if cidr.version == 6:
+            raise ObjectError("podCIDR: IPv6 is not supported yet")
+        if cidr.prefixlen < _SHORTEST:
+            raise ObjectError(f"podCIDR: expected a block of pods, /{_SHORTEST} or longer (got {cidr})")
     if not 0 <= mac < 1 << 48 or mac >> 40 & 1:
         raise ObjectError(f"vtepMAC: expected a unicast MAC address (got {values['vtepMAC']})")
     return StoredNode(

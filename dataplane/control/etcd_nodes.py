@@ -8,9 +8,10 @@ from types import MappingProxyType
 from dataplane.control.cluster import ClusterNode
 from dataplane.control.contest import Contest
 from dataplane.control.ipam import Block
-from dataplane.control.state import Address, Labels, Network, vtep_mac
+from dataplane.control.state import Address, Labels, Network, Peer, vtep_mac
 
 _OWN, _ALIVE, _AWAY = range(3)
+_FILE = ""  # before the names of the file's peers; a node's begins with a letter or a digit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,23 @@ class _Share:
 class Nodes:
     """The nodes of a store, without those that say to have what another one has.
 
-    Of two nodes with one address the living one is before the other, then the older one; this node is before all.
+    Of two nodes with one address the living one is before the other, then the older one; before all are this node and
+    the peers of its file.
+
+    Args:
+        own: This node's name.
+        peers: Those of its file; of a node with the name of one nothing is used (``cluster.over``).
     """
 
-    def __init__(self, own: str) -> None:
+    def __init__(self, own: str, peers: tuple[Peer, ...] = ()) -> None:
         self._own = own
+        self._peers = {peer.name for peer in peers}
         self._stored: dict[str, tuple[StoredNode, int]] = {}
         self._members: dict[str, float] = {}
         self._shares: dict[str, _Share] = {}
         self._contest: Contest[object] = Contest()
+        for peer in peers:
+            self._contest.enter(f"{_FILE}/{peer.name}", (_OWN, 0), (peer.address, peer.vtep_mac, *peer.pod_cidrs))
         self._whole: dict[str, ClusterNode] = {}
         self._dirty: set[str] = set()
 
@@ -91,8 +100,8 @@ class Nodes:
                 continue
             node, created = self._stored[name]
             rank = _OWN if name == self._own else _ALIVE if name in self._members else _AWAY
-            mac = node.vtep_mac or vtep_mac(name)
-            rivals |= self._contest.enter(name, (rank, created), (*node.addresses, mac, *cidrs[name]))
+            tokens = (*node.addresses, node.vtep_mac or vtep_mac(name), *cidrs[name])
+            rivals |= self._contest.enter(name, (rank, created), () if name in self._peers else tokens)
         for name in sorted(self._dirty | rivals):
             self._settle(name, cidrs.get(name) or self._cidrs(name), lost)
         self._dirty.clear()
@@ -105,7 +114,7 @@ class Nodes:
         defeat = self._contest.lost(name)
         if defeat is not None:
             what = f"{defeat[0]:012x}" if isinstance(defeat[0], int) else defeat[0]
-            lost(f"nodes/{name}", f"{what} is also that of node {defeat[1]}")
+            lost(f"nodes/{name}", f"{what} is also that of node {defeat[1].removeprefix('/')}")
             return
         lost(f"nodes/{name}", "")
         node, _ = self._stored[name]
