@@ -102,6 +102,25 @@ def test_addresses_of_the_file_come_before_those_of_pools():
     }
 
 
+def test_an_address_that_is_given_by_hand_after_all_is_not_missed_when_the_pool_goes():
+    node = Running()
+    node.become(state(A))
+    by_hand = state(replace(A, load_balancer_ips=(FIRST,)), pools=())
+    made = node.become(by_hand)
+    assert (having(made), made.assigned, made.refused) == ({"a": (FIRST,)}, {}, {})
+
+
+def test_who_waits_for_an_address_to_share_gets_it_when_the_endpoints_are_the_same():
+    notes = (("metallb.io/allow-shared-ip", "key"),)
+    one, other = (Endpoint(IPv4Address(f"10.244.1.{number}")) for number in (10, 11))
+    first = balanced("a", annotations=notes, external_policy="Local", endpoints=(one,))
+    second = replace(first, name="b", ports=(ServicePort(81),), endpoints=(other,))
+    node, small = Running(), (AddressPool("small", ((FIRST, FIRST),)),)
+    assert having(node.become(state(first, second, pools=small))) == {"a": (FIRST,), "b": ()}
+    made = node.become(state(first, replace(second, endpoints=(one,)), pools=small))
+    assert having(made) == {"a": (FIRST,), "b": (FIRST,)}
+
+
 def test_in_etcd_addresses_are_handed_out_as_they_are_written():
     node = Running("etcd")
     services = [replace(each, origin="etcd") for each in (A, B)]
