@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import replace
 from ipaddress import ip_network
 
 from dataplane.control.etcd import Etcd
@@ -17,8 +18,10 @@ from dataplane.control.ipam_etcd import EtcdAddresses
 
 PREFIX = "/dataplane/v1"
 POOL = Pool("default", ip_network("10.244.0.0/26"), 29)
-RULES = Rules((POOL,), max_blocks=2)
-MOST = 12  # addresses of one worker: its blocks are full now and then, and it borrows
+RULES = Rules((POOL,), max_blocks=3)
+FEW = 1  # blocks of the nodes with odd numbers: they have to borrow half of what they want
+MOST = 14  # addresses of one worker: four of them want nearly all that there are
+RELEASES = 0.4
 
 
 def moment() -> float:
@@ -30,7 +33,8 @@ async def work(url: str, node: str, diary: int, seed: int) -> None:
     """Take and release addresses without end."""
     chance = random.Random(seed)
     etcd = Etcd([url])
-    addresses = EtcdAddresses(etcd, PREFIX, node, RULES)
+    rules = replace(RULES, max_blocks=FEW) if int(node[-1]) % 2 else RULES
+    addresses = EtcdAddresses(etcd, PREFIX, node, rules)
     await addresses.claim_first_block(moment())
     for handle, address in (await addresses.held()).items():  # what an earlier process of this node has left
         os.write(diary, f"- {address} {handle}\n".encode())
@@ -38,7 +42,7 @@ async def work(url: str, node: str, diary: int, seed: int) -> None:
     held: dict[str, object] = {}
     number = 0
     while True:
-        if held and (len(held) >= MOST or chance.random() < 0.5):
+        if held and (len(held) >= MOST or chance.random() < RELEASES):
             handle = chance.choice(list(held))
             os.write(diary, f"- {held.pop(handle)} {handle}\n".encode())
             await addresses.release(handle, moment())
