@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import socket
 import ssl
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
-from dataplane.control import kube_watch
+from dataplane.control import kube_api, kube_watch
 from dataplane.control.kube_api import ApiError, AwayError, KubeApi, Resource
 from dataplane.control.kube_config import Access
 from dataplane.control.kube_watch import Backoff, Entry, ObjectError, Reflector, Shelf
@@ -404,6 +406,29 @@ def test_an_event_without_an_object_changes_nothing(event):
 
     asyncio.run(reflector._follow(lines()))
     assert shelf.entries == {}
+
+
+def test_an_event_without_an_end_is_not_collected_for_ever(monkeypatch):
+    monkeypatch.setattr(kube_api, "LONGEST_EVENT", 5000)
+
+    class Endless:
+        async def readany(self):
+            return b"x" * 1000
+
+    async def whole():
+        content: Any = Endless()
+        return [line async for line in kube_api._lines(content, asyncio.get_running_loop().time() + 20)]
+
+    with pytest.raises(AwayError, match="an event of more than 5000 bytes"):
+        asyncio.run(whole())
+
+
+def test_the_kernel_notices_a_server_that_has_vanished():
+    made = kube_api._probed_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1)))
+    with made:
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        idle, interval, probes = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
+        assert [made.getsockopt(socket.IPPROTO_TCP, each) for each in (idle, interval, probes)] == [15, 5, 3]
 
 
 def test_waiting_gets_longer_up_to_a_limit_and_is_never_the_same_for_all(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dataplane.control import kube_status
+from dataplane.control.kube_api import ApiError
 from dataplane.control.kube_lease import Election
 from tests.kube_items import (
     FILE,
@@ -27,6 +28,7 @@ from tests.kube_items import (
     serving,
 )
 from tests.kube_server import KubeServer, Request
+from tests.test_kube_objects import with_
 from tests.test_store_kubernetes import quick  # noqa: F401 - a fixture
 
 BASIS = (node("node1"), node("node2", 2), namespace())
@@ -105,6 +107,15 @@ def test_of_two_that_write_at_once_only_the_one_that_the_server_took_leads():
     assert not desk.turn(b, lost=True)
     assert desk.turn(a)
     assert not desk.turn(b)
+
+
+def test_who_finds_another_name_in_the_lease_leads_no_more():
+    desk, a = Desk(), Election("a", "x", "y")
+    assert desk.turn(a)
+    assert desk.lease is not None
+    desk.lease = {**desk.lease, "spec": {**desk.lease["spec"], "holderIdentity": "b"}}
+    assert not desk.turn(a)
+    assert a.farewell() is None
 
 
 def test_who_says_farewell_is_followed_at_once():
@@ -204,24 +215,36 @@ def test_a_request_that_moves_to_another_address_moves_the_status():
     asyncio.run(whole())
 
 
-def test_what_somebody_else_has_changed_meanwhile_is_not_overwritten(monkeypatch):
+MEDDLING = {
+    "what is asked for": (balancer("web", loadBalancerIP="192.0.2.202"), "192.0.2.202"),
+    "what does not matter": (with_(balancer("web"), "metadata.finalizers", ["example.net/keep"]), "192.0.2.201"),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), MEDDLING.values(), ids=MEDDLING.keys())
+def test_what_somebody_else_has_changed_meanwhile_is_not_overwritten(monkeypatch, change, expected):
     async def whole():
         async with serving(*BASIS, POOL, balancer("first", "10.96.0.9")) as server, following(server) as found:
             await eventually(lambda: address(server, "first") == ["192.0.2.200"])
             api = found.source._writer._api
             patch = api.patch
-            tried = []
+            outcomes: list[int] = []
 
             async def meddling(path, body):
-                tried.append(body)
-                if len(tried) == 1:  # between the decision and the request the service asks for another address
-                    put(server, balancer("web", loadBalancerIP="192.0.2.202"))
-                return await patch(path, body)
+                if not outcomes:  # between the decision and the request
+                    put(server, change)
+                try:
+                    fresh = await patch(path, body)
+                except ApiError as error:
+                    outcomes.append(error.status)
+                    raise
+                outcomes.append(200)
+                return fresh
 
             monkeypatch.setattr(api, "patch", meddling)
             put(server, balancer("web"))
-            await eventually(lambda: address(server, "web") == ["192.0.2.202"])
-            assert len(tried) == 2
+            await eventually(lambda: address(server, "web") == [expected])
+            assert outcomes == [409, 200]
 
     asyncio.run(whole())
 
