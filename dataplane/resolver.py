@@ -30,7 +30,7 @@ from dataplane.node import Node
 
 _QUERY_MAX = 4096
 _AT_ONCE = 64  # queries until packets have their turn again: half a millisecond
-_CONNECTIONS = 512
+_CONNECTIONS, _FROM_ONE = 512, 64  # of all clients, and of one address
 _IDLE_S = 10.0  # for the next query on a connection (RFC 7766 6.2.3)
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class Resolver:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._connections) >= _CONNECTIONS:
+        if len(self._connections) >= _CONNECTIONS or self._count_from(_client(writer)) >= _FROM_ONE:
             writer.transport.abort()
             return
         self._connections[task] = writer
@@ -242,6 +242,9 @@ class Resolver:
         finally:
             del self._connections[task]
             writer.close()
+
+    def _count_from(self, client: str) -> int:
+        return sum(_client(writer) == client for writer in self._connections.values())
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the queries of a connection, in their order; those for upstreams when they are answered."""
@@ -267,6 +270,10 @@ class Resolver:
         finally:
             if waiting and not writer.is_closing():
                 await asyncio.wait(waiting)
+
+
+def _client(writer: asyncio.StreamWriter) -> str:
+    return str((writer.get_extra_info("peername") or ("",))[0])
 
 
 def _send(udp: socket.socket, client: Any, reply: bytes) -> None:

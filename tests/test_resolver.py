@@ -16,7 +16,21 @@ from dataplane.control.state import PodNetwork
 from dataplane.dns_service import DnsService
 from dataplane.resolver import Resolver
 from tests.dns_world import SERVICES, endpoint, question, service, summary
-from tests.resolving import HOME, PATIENCE, STATE, VIP, WEB, FakeNode, ask, ask_tcp, client, place, resolving, scenario
+from tests.resolving import (
+    HOME,
+    PATIENCE,
+    STATE,
+    VIP,
+    WEB,
+    FakeNode,
+    ask,
+    ask_tcp,
+    client,
+    message,
+    place,
+    resolving,
+    scenario,
+)
 
 # --- the service -----------------------------------------------------------------------------------------------------
 
@@ -211,9 +225,10 @@ async def test_a_silent_connection_is_closed(monkeypatch):
         assert not made._connections
 
 
+@pytest.mark.parametrize("limit", ["_CONNECTIONS", "_FROM_ONE"])
 @scenario
-async def test_there_are_only_so_many_connections(monkeypatch):
-    monkeypatch.setattr(resolver, "_CONNECTIONS", 3)
+async def test_there_are_only_so_many_connections(monkeypatch, limit):
+    monkeypatch.setattr(resolver, limit, 3)
     async with resolving() as (_, node):
         where = place(node, "TCP")
         held = [await asyncio.open_connection(*where) for _ in range(3)]
@@ -233,3 +248,20 @@ async def test_there_are_only_so_many_connections(monkeypatch):
                 except (ConnectionResetError, asyncio.IncompleteReadError):
                     continue
                 break
+
+
+@scenario
+async def test_one_client_leaves_connections_to_others(monkeypatch):
+    monkeypatch.setattr(resolver, "_FROM_ONE", 2)
+    async with resolving() as (_, node):
+        where = place(node, "TCP")
+        held = [await asyncio.open_connection(*where) for _ in range(2)]
+        for reader, writer in held:
+            writer.write(len(question(WEB)).to_bytes(2) + question(WEB))
+            await message(reader)
+        reader, writer = await asyncio.open_connection(*where, local_addr=("127.0.0.2", 0))
+        writer.write(len(question(WEB)).to_bytes(2) + question(WEB))
+        async with asyncio.timeout(PATIENCE):
+            assert summary(DNSRecord.parse(await message(reader))) == "A 10.96.0.1"
+        for _, each in (*held, (reader, writer)):
+            each.close()

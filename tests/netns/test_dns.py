@@ -258,6 +258,24 @@ def test_the_service_is_listed_and_nothing_was_lost(cluster):
     assert not [label for label in drops(cluster.node) if label.startswith(("ct.", "nat.", "svc.", "lb.", "route."))]
 
 
+def test_the_node_says_what_it_answers_and_why(cluster):
+    node = cluster.node
+    assert node.cli("dns", "query", "web").splitlines()[0] == f"web.{DOMAIN}.\t5\tIN\tA\t10.96.0.20"
+    text, code = node.fail("dns", "query", "web.nowhere.svc.cluster.local.")
+    assert (code, "NXDOMAIN: no namespace nowhere" in text) == (4, True)
+    text = node.cli("dns", "status")
+    assert re.search(r"^NXDOMAIN +\d+$", text, re.MULTILINE)
+    assert f"upstream {EXT}:53" in text
+
+
+def test_prometheus_is_told_under_corednss_names(cluster):
+    text = cluster.host.run("curl", "-s", "--unix-socket", cluster.node.socket, "http://node/metrics")
+    labels = re.escape('{family="1",proto="udp",server="dns://:53",type="A",view="",zone="cluster.local."}')
+    found = re.search(rf"coredns_dns_requests_total{labels} ([\d.e+]+)", text)
+    assert found
+    assert float(found[1]) > 20_000
+
+
 # --- end -------------------------------------------------------------------------------------------------------------
 
 
