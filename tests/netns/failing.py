@@ -22,7 +22,7 @@ from pathlib import Path
 from dataplane.control import client
 from dataplane.control.election import winner
 from tests.etcd_server import EtcdServer
-from tests.netns.harness import READY_TIMEOUT, Namespace, Network, Node, Process, eventually
+from tests.netns.harness import READY_TIMEOUT, Network, Node, Process, eventually
 from tests.netns.ours import config, member
 from tests.netns.services import BALANCING, EXT, LAN, port, section, serve, service, with_services
 
@@ -87,7 +87,7 @@ class Site:
             eventually(lambda node=node: client.listens(node.socket), READY_TIMEOUT)  # type: ignore[misc]
         for number in (2, 3):
             serve(self.network.pod(f"web{number}"), f"web{number}", f"udp:{UDP_PORT}")
-        eventually(lambda: self.answers() == [self.mac(0)], 20)
+        eventually(lambda: self.is_owner(0), 20)
         return self
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Site:
     def back(self, index: int) -> None:
         """Start a node again, and wait until it owns what it should."""
         self.nodes[index].start()
-        eventually(lambda: self.answers() == [self.mac(0)], 20)
+        eventually(lambda: self.is_owner(0), 20)
 
     # --- the client --------------------------------------------------------------------------------------------------
 
@@ -118,6 +118,14 @@ class Site:
         """The MACs that answer one request for the address."""
         output = self.ext.run("arping", "-i", "eth0", "-c", 1, "-W", 0.1, self.address, check=False)
         return re.findall(r"bytes from (\S+) ", output)
+
+    def is_owner(self, index: int) -> bool:
+        """Whether a node, and no other, answers; what others have asked meanwhile is answered to all."""
+        return set(self.answers()) == {self.mac(index)}
+
+    def others_answer(self) -> bool:
+        """Whether another node than the first one answers, and that one does not."""
+        return bool(found := self.answers()) and self.mac(0) not in found
 
     def ask(self) -> Process:
         """Ask the service every 10 ms from now on."""
@@ -141,6 +149,15 @@ class Site:
         times = [float(line.split()[0]) for line in self._asking.lines[1:]]
         inside = [since, *(at for at in times if since <= at <= until), until]
         return max(later - at for at, later in zip(inside, inside[1:], strict=False))
+
+    def lines(self) -> list[str]:
+        """What the asking client has printed."""
+        assert self._asking is not None
+        return self._asking.lines
+
+    def port(self, index: int) -> str:
+        """The switch's port to a node: behind those of the client and of etcd."""
+        return f"port{index + 3}"
 
     def signal(self, index: int, number: signal.Signals) -> None:
         """Send a signal to a node."""
