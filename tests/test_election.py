@@ -223,6 +223,16 @@ MAY = [
         "node1",
     ),
     (
+        "no preference of an advertisement that does not select the node",
+        lan(
+            L2Advertisement(node_selectors=(Selector((("rack", "r"),)),), preferences=((9, SELECTED),)),
+            L2Advertisement(),
+            node1=EDGE,
+            node3=(*EDGE, ("rack", "s")),
+        ),
+        "node2",
+    ),
+    (
         "no preferred one that is not selected",
         lan(
             L2Advertisement(node_selectors=(UNLABELLED,), preferences=((9, SELECTED),)),

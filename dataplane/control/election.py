@@ -141,15 +141,13 @@ class _Electorate:
         if self._state.advertisements is None:
             return _only(frozenset(self._labels)), _EQUAL
         concerned = [each for each in self._state.advertisements if _concerns(each, pool)]
-        nodes = {
-            name: labels for name, labels in self._labels.items() if any(_selects(each, labels) for each in concerned)
-        }
-        weights = [pair for each in concerned for pair in each.preferences]
-        scores = {
-            name: sum(weight for weight, selector in weights if matches(selector, labels))
-            for name, labels in nodes.items()
-        }
-        return _only(frozenset(nodes)), scores if any(scores.values()) else _EQUAL
+        scores: dict[str, int] = {}
+        for name, labels in self._labels.items():
+            selecting = [each for each in concerned if _selects(each, labels)]
+            if selecting:  # what another advertisement prefers does not matter: it would not choose this node at all
+                weights = (pair for each in selecting for pair in each.preferences)
+                scores[name] = sum(weight for weight, selector in weights if matches(selector, labels))
+        return _only(frozenset(scores)), scores if any(scores.values()) else _EQUAL
 
     def _eligible(self, service: Service, nodes: frozenset[str]) -> frozenset[str]:
         """Return the nodes that may announce a service; none if it has no serving endpoint."""

@@ -360,7 +360,7 @@ class L2Advertisement:
         pools: Names; with no pool and no selector: all.
         node_selectors: A node is eligible if one of them matches, or if there is none.
         interfaces: Where to announce; empty: on all. A node's only one is its uplink.
-        preferences: Weights and who gets them: of the eligible nodes those with the highest sum come first.
+        preferences: Weights and which of the selected nodes get them: those with the highest sum come first.
     """
 
     name: str = ""
