@@ -8,14 +8,13 @@ import ast
 import io
 import json
 import os
+import resource
 import socket
 import socketserver
 import stat
-import statistics
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,15 +137,17 @@ def test_the_program_imports_nothing_but_a_little_of_the_standard_library():
 
 def test_the_program_starts_in_a_few_times_what_python_takes(installed):
     def seconds(*words: str | Path) -> float:
-        began = time.perf_counter()
+        """Of the processor: whatever else the machine does takes nothing away from these."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(words, input=b"", env={"CNI_COMMAND": "VERSION"}, stdout=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     program = installed / "bin" / "dataplane-cni"
     interpreter = program.read_text().split()[0].removeprefix("#!")
-    pairs = [(seconds(program), seconds(interpreter, "-IS", "-c", "pass")) for _ in range(15)]
-    # 19 and 7 ms; with http.client in place of the bytes it is 6 times, with asyncio 12.
-    assert statistics.median(ours for ours, _ in pairs) < 5 * statistics.median(bare for _, bare in pairs)
+    pairs = [(seconds(program), seconds(interpreter, "-IS", "-c", "pass")) for _ in range(10)]
+    # 19 and 7 ms on an idle machine; with http.client in place of the bytes it is 5 times, with asyncio 12.
+    assert min(ours for ours, _ in pairs) < 4.5 * min(bare for _, bare in pairs)
 
 
 def test_installing_again_replaces_and_uninstalling_removes(tmp_path):
