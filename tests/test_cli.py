@@ -42,7 +42,7 @@ def test_the_version_is_the_packages():
 
 COMMANDS = (
     *((), ("run",), ("check",), ("show",), ("status",), ("reload",), ("show", "drops"), ("show", "conntrack")),
-    *(("service",), ("service", "set"), ("endpoint", "add"), ("conntrack", "delete")),
+    *(("service",), ("service", "set"), ("endpoint", "add"), ("conntrack", "delete"), ("dns",), ("dns", "query")),
     *(("lab",), ("lab", "up"), ("lab", "status"), ("lab", "exec"), ("lab", "logs"), ("lab", "down")),
 )
 
