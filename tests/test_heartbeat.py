@@ -319,7 +319,7 @@ def test_whoever_has_convicted_a_node_promises_it_nothing_for_a_while(lan):
 
 @given(st.integers(0, 1 << 32))
 def test_a_node_that_is_promised_by_half_is_never_convicted(seed):
-    """The two sides of the same thing, whatever is lost: if b can take over from a now, then a knows that it may not."""
+    """The two sides of one thing, whatever is lost: if b can take over from a now, then a knows that it may not."""
     lan, dice = Lan("a", "b", "c", "d"), random.Random(seed)
     lan.run(3 * SECOND, 50 * MS)
     pairs = [(one, two) for one in lan.nodes for two in lan.nodes if one != two]

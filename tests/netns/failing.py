@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 from ipaddress import IPv4Address
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 from dataplane.control import client
@@ -39,9 +39,8 @@ class Site:
         self.network = network
         self.members = [member(network, number) for number in (1, 2, 3)]
         self.names = [each.name for each in self.members]
-        self.address = next(
-            str(address) for k in count() if winner(self.names, address := IPv4Address("192.0.2.200") + k) == self.names[0]
-        )  # fmt: skip
+        candidates = (IPv4Address("192.0.2.200") + k for k in count())
+        self.address = str(next(each for each in candidates if winner(self.names, each) == self.names[0]))
         self.ext = network.namespace("ext")
         self.hosts = [network.namespace(f"host{number}") for number in (1, 2, 3)]
         store = network.namespace("store")
@@ -148,7 +147,7 @@ class Site:
         assert self._asking is not None
         times = [float(line.split()[0]) for line in self._asking.lines[1:]]
         inside = [since, *(at for at in times if since <= at <= until), until]
-        return max(later - at for at, later in zip(inside, inside[1:], strict=False))
+        return max(later - at for at, later in pairwise(inside))
 
     def lines(self) -> list[str]:
         """What the asking client has printed."""

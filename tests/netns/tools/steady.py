@@ -7,6 +7,7 @@ share), the number of the question, who answered. What is not answered is not re
 import socket
 import sys
 import time
+from contextlib import suppress
 
 
 def main() -> None:
@@ -17,10 +18,8 @@ def main() -> None:
     print("ready", flush=True)
     number, due = 0, time.monotonic()
     while True:
-        try:
+        with suppress(OSError):  # an ICMP error about an earlier question, or nobody answers ARP
             asking.send(b"%d" % number)
-        except OSError:  # an ICMP error about an earlier question, or nobody answers ARP
-            pass
         number, due = number + 1, max(due + interval, time.monotonic())
         while (left := due - time.monotonic()) > 0:
             asking.settimeout(left)
