@@ -173,20 +173,26 @@ class Etcd:
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
-    async def range(self, prefix: str) -> Range:
-        """Return all keys that begin with the prefix, as they were at one revision."""
+    async def range(self, prefix: str, *, keys_only: bool = False) -> Range:
+        """Return all keys that begin with the prefix, as they were at one revision; without values if not wanted."""
         for _ in range(_PAGE_TRIES - 1):
             try:
-                return await self._pages(prefix)
+                return await self._pages(prefix, keys_only)
             except CompactedError:
                 continue
-        return await self._pages(prefix)
+        return await self._pages(prefix, keys_only)
 
-    async def _pages(self, prefix: str) -> Range:
+    async def _pages(self, prefix: str, keys_only: bool) -> Range:
         items: list[KeyValue] = []
         revision, start = 0, _encoded(prefix)
         while True:
-            page = {"key": start, "range_end": _end(prefix), "limit": PAGE, "revision": revision}
+            page = {
+                "key": start,
+                "range_end": _end(prefix),
+                "limit": PAGE,
+                "revision": revision,
+                "keys_only": keys_only,
+            }
             answer = await self._call("kv/range", page, again=True)
             revision = revision or _revision(answer)
             items += map(_item, answer.get("kvs", ()))

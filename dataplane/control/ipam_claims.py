@@ -32,6 +32,7 @@ from dataplane.control.ipam_store import (
     NODES,
     RETRIES,
     Get,
+    Keys,
     List,
     Steps,
     Stored,
@@ -40,6 +41,7 @@ from dataplane.control.ipam_store import (
     affinity_key,
     block_key,
     busy,
+    cidr_of,
 )
 from dataplane.control.selector import matches
 from dataplane.control.state import Labels, Network
@@ -135,22 +137,23 @@ class Claims:
         everything: Iterable[Stored] = yield List(BLOCKS)
         return [held for held in map(held_of, everything) if held is not None]
 
-    def _given(self) -> Steps[list[Network]]:
-        """Return the blocks that nodes have by their files."""
+    def _existing(self) -> Steps[list[Network]]:
+        """Return the blocks that there are, and those that nodes have by their files."""
+        found: Iterable[Network | None] = map(cidr_of, (yield Keys(BLOCKS)))
         nodes: Iterable[Stored] = yield List(NODES)
-        return [cidr for stored in nodes if isinstance(stored.value, Given) for cidr in stored.value.cidrs]
+        given = (cidr for stored in nodes if isinstance(stored.value, Given) for cidr in stored.value.cidrs)
+        return [*(cidr for cidr in found if cidr is not None), *given]
 
     def _claim(self, number: int, now: float, tunnel: bool = False) -> Steps[Held | None]:
         """Make a block the node's: one that does not exist yet, else one that nobody uses; None if there is none."""
-        everything = yield from self._all()
-        existing = [held.block.cidr for held in everything]
-        existing += yield from self._given()
+        existing = yield from self._existing()
         for pool in self._pools():
             for cidr in self._unclaimed(pool, existing):
                 if self._useful(new_block(cidr), now, tunnel):
                     held = yield from self._ensure(cidr, number, now, tunnel)
                     if held is not None:
                         return held
+        everything = yield from self._all()
         for pool in self._pools():
             for held in self._in_order(pool, everything):
                 if held.block.affinity != self.node and self._useful(held.block, now, tunnel):

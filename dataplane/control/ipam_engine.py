@@ -139,6 +139,11 @@ class Allocator(Claims):
         held = yield from self._around(address)
         return held is not None and held.block.find(handle) == held.block.ordinal(address)
 
+    def own(self) -> Steps[tuple[Block, ...]]:
+        """Return the node's blocks, the first with its tunnel address."""
+        own = yield from self._own()
+        return tuple(held.block for held in own)
+
     def blocks(self) -> Steps[tuple[Block, ...]]:
         """Return all blocks, whosever they are."""
         everything = yield from self._all()
@@ -183,11 +188,9 @@ class Allocator(Claims):
         own = yield from self._own()
         if len(own) >= self.rules.max_blocks:
             raise NoAddressError(f"address {address} needs a new block, and {self._limit(len(own))}")
-        everything = yield from self._all()
-        others = [held.block.cidr for held in everything if held.block.cidr != cidr]
-        others += yield from self._given()
-        for other in others:
-            if other.version == cidr.version and other.overlaps(cidr):
+        existing = yield from self._existing()
+        for other in existing:
+            if other != cidr and other.version == cidr.version and other.overlaps(cidr):
                 raise NoAddressError(f"address {address} needs block {cidr}, which {other} overlaps")
         yield from self._ensure(cidr, next_number(own), now)
 

@@ -16,10 +16,11 @@ from dataplane.control.etcd import Get as EtcdGet
 from dataplane.control.ipam import Allocation, Block, IpamError, NoAddressError, Pool, Rules, TakenError
 from dataplane.control.ipam_engine import Allocator
 from dataplane.control.ipam_json import BookError, dump, dump_pool, load, load_pool
-from dataplane.control.ipam_store import Get, List, Operation, Result, Steps, Stored
+from dataplane.control.ipam_store import Get, Keys, List, Operation, Result, Steps, Stored
 from dataplane.control.state import Address, Labels, Network
 
 POOLS = "ippools/"
+_CHUNK = 8  # blocks: together 3 ms
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +107,10 @@ class EtcdAddresses:
         self._doubtful.discard(handle)
 
     async def held(self) -> Mapping[str, Address]:
-        """Return what is held, as the books have it now (``Addresses.held``)."""
+        """Return what is held (``Addresses.held``); once it is known, etcd is only asked whether it is there."""
         async with self._turn:
-            self._held = None
+            if self._held is not None:
+                await self._carry_out(self._allocator.own())
             return dict(await self._known())
 
     async def _known(self) -> dict[str, Address]:
@@ -212,11 +214,22 @@ class EtcdAddresses:
             txn = await self._etcd.txn([], [EtcdGet(self._prefix + key) for key in operation.keys])
             return tuple(self._stored(item) if item else None for item in txn.responses)
         if isinstance(operation, List):
-            found = await self._etcd.range(self._prefix + operation.prefix)
-            return tuple(self._stored(item) for item in found.items)
+            return await self._list(self._prefix + operation.prefix)
+        if isinstance(operation, Keys):
+            found = await self._etcd.range(self._prefix + operation.prefix, keys_only=True)
+            return tuple(item.key.removeprefix(self._prefix) for item in found.items)
         key = self._prefix + operation.key
         write = Put(key, dump(operation.value)) if operation.value is not None else Delete(key)
         return (await self._etcd.txn([Compare(key, "mod_revision", operation.revision)], [write])).succeeded
+
+    async def _list(self, prefix: str) -> tuple[Stored, ...]:
+        """Return what is there; packets have their turn while hundreds of blocks are read."""
+        listed = []
+        for number, item in enumerate((await self._etcd.range(prefix)).items, 1):
+            listed.append(self._stored(item))
+            if number % _CHUNK == 0:
+                await asyncio.sleep(0)
+        return tuple(listed)
 
     def _stored(self, item: KeyValue) -> Stored:
         key = item.key.removeprefix(self._prefix)

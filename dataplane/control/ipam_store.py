@@ -6,6 +6,7 @@ runs on etcd and in memory, and a test can interleave several nodes at every ste
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Any, TypeAlias, TypeVar
 
 from dataplane.control.ipam import Affinity, Block, Given, IpamError
@@ -43,6 +44,13 @@ class List:
 
 
 @dataclass(frozen=True, slots=True)
+class Keys:
+    """Asks for all keys with a prefix, without what they have, as a tuple of text."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
 class Swap:
     """Writes a value if the key has this revision (0: does not exist). The answer is whether it had; None deletes."""
 
@@ -51,13 +59,22 @@ class Swap:
     value: Value | None
 
 
-Operation: TypeAlias = Get | List | Swap
+Operation: TypeAlias = Get | List | Keys | Swap
 Steps: TypeAlias = Generator[Operation, Any, Result]
 
 
 def block_key(cidr: Network) -> str:
     """Return the key of a block."""
     return f"{BLOCKS}{str(cidr).replace('/', '-')}"
+
+
+def cidr_of(key: str) -> Network | None:
+    """Return the block that a key is for; None if there is none like that."""
+    address, _, size = key.removeprefix(BLOCKS).rpartition("-")
+    try:
+        return ip_network(f"{address}/{size}")
+    except ValueError:
+        return None
 
 
 def affinities_prefix(node: str) -> str:
@@ -94,6 +111,8 @@ class MemoryStore:
             return tuple(self._kept.get(key) for key in operation.keys)
         if isinstance(operation, List):
             return tuple(self._kept[key] for key in sorted(self._kept) if key.startswith(operation.prefix))
+        if isinstance(operation, Keys):
+            return tuple(key for key in sorted(self._kept) if key.startswith(operation.prefix))
         kept = self._kept.get(operation.key)
         if (kept.revision if kept else 0) != operation.revision:
             return False
