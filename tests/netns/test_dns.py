@@ -13,7 +13,7 @@ import pytest
 from dataplane.control import client as control
 from tests.netns.harness import Namespace, Network, Process
 from tests.netns.ours import assert_balanced, drops
-from tests.netns.services import EXT, EXT2, Cluster, make_cluster, port, service
+from tests.netns.services import EXT, EXT2, Cluster, e2e, make_cluster, port, service
 
 pytestmark = pytest.mark.netns
 
@@ -22,6 +22,7 @@ DNS = "10.96.0.10"
 DOMAIN = "default.svc.cluster.local"
 MANY = [f"10.244.7.{number}" for number in range(1, 121)]
 STATIC = [
+    service("kubernetes", "10.96.0.1", [port(443, name="https")], []),
     service("web", "10.96.0.20", [port(80, name="http")], [WEB]),
     service("hdls", "None", [port(80, name="http")], [{"ip": WEB, "hostname": "web-0"}, "10.244.1.30"]),
     service("many", "None", [port(80, name="http")], MANY),
@@ -212,6 +213,57 @@ def test_what_does_not_exist_is_not_found(client, tmp_path):
 
 def test_a_name_leads_to_the_service(cluster, client, tmp_path):
     assert "web" in in_pod(client, tmp_path, "curl", "-s", "--max-time", "5", "http://web/hostname")
+
+
+# --- Kubernetes' own tests -------------------------------------------------------------------------------------------
+
+
+def searched(where: Namespace, directory: Path, *words: str) -> list[str]:
+    """Ask for a name as a program in a pod does, by the search list, and return the answers."""
+    return in_pod(where, directory, "dig", "+search", "+short", *words).split("\n")[:-1]
+
+
+@e2e("should provide DNS for the cluster", "dns.go")
+@e2e("should resolve DNS of partial qualified names for the cluster", "dns.go")
+@pytest.mark.parametrize("how", ["+notcp", "+tcp"])
+@pytest.mark.parametrize("name", ["kubernetes.default", "kubernetes.default.svc", f"kubernetes.{DOMAIN}"])
+def test_the_cluster_has_a_name(client, tmp_path, name, how):
+    assert searched(client, tmp_path, how, name, "A") == ["10.96.0.1"]
+
+
+@e2e("should provide DNS for services", "dns.go")
+@e2e("should resolve DNS of partial qualified names for services", "dns.go")
+@pytest.mark.parametrize("how", ["+notcp", "+tcp"])
+@pytest.mark.parametrize("suffix", ["", ".default", ".default.svc", f".{DOMAIN}"])
+def test_services_have_names_and_ports_and_addresses_have_services(client, tmp_path, suffix, how):
+    assert searched(client, tmp_path, how, f"web{suffix}", "A") == ["10.96.0.20"]
+    assert set(searched(client, tmp_path, how, f"hdls{suffix}", "A")) == {WEB, "10.244.1.30"}
+    for name, ports in (("web", 1), ("hdls", 2)):
+        found = searched(client, tmp_path, how, f"_http._tcp.{name}{suffix}", "SRV")
+        assert len(found) == ports
+        assert all(line.endswith(f"{name}.{DOMAIN}.") for line in found)
+    assert searched(client, tmp_path, how, "-x", "10.96.0.20") == [f"web.{DOMAIN}."]
+
+
+@e2e("should provide DNS for pods for Hostname", "dns.go")
+@e2e("should provide DNS for pods for Subdomain", "dns.go")
+def test_pods_with_a_hostname_have_names_below_their_service(client, tmp_path):
+    assert in_pod(client, tmp_path, "getent", "hosts", f"web-0.hdls.{DOMAIN}").split() == [WEB, f"web-0.hdls.{DOMAIN}"]
+
+
+@e2e("should provide DNS for ExternalName services", "dns.go")
+@pytest.mark.usefixtures("upstreams")
+def test_an_external_name_may_become_another_and_then_a_service(cluster, client):
+    name = f"turning.{DOMAIN}"
+    for target in ("foo.example.com", "bar.example.com"):
+        keys = {"type": "ExternalName", "externalName": target}
+        control.set_service(cluster.node.socket, "default", "turning", keys)
+        assert short(client, name, "CNAME") == [f"{target}."]
+        assert short(client, name)[0] == f"{target}."
+    cluster.set(service("turning", "10.96.0.99", [port(80)], [WEB]))
+    assert short(client, name) == ["10.96.0.99"]
+    assert short(client, name, "CNAME") == []
+    cluster.delete("turning")
 
 
 # --- many, and changes -----------------------------------------------------------------------------------------------
