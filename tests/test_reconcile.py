@@ -30,6 +30,7 @@ from dataplane.control.edits import (
     Source,
     describe,
 )
+from dataplane.control.ipam import Rules
 from dataplane.control.process import Engine, Log
 from dataplane.control.reconcile import plan, process_keys
 from dataplane.control.routing import routes
@@ -472,6 +473,7 @@ def test_what_concerns_the_process_is_named_too():
     new = replace(old, engine=Engine(batch=64), socket=Path("/x.sock"), metrics=("", 9091), log=Log("debug"))
     assert process_keys(old, old) == ()
     assert process_keys(old, new) == ("engine", "api.socket", "metrics.listen", "log")
+    assert process_keys(old, replace(old, ipam=Rules(cooldown=30.0))) == ("ipam",)
 
 
 def test_always_and_cross_subnet_change_while_packets_flow():

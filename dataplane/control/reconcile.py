@@ -111,6 +111,7 @@ def process_keys(old: Settings, new: Settings) -> tuple[str, ...]:
         "state": (old.store, new.store),
         "cluster": (old.heartbeat, new.heartbeat),
         "api.cni": (old.cni, new.cni),
+        "ipam": (old.ipam, new.ipam),
         "dns.clusterIP": (old.state.dns is None, new.state.dns is None),
     }
     return tuple(key for key, (before, after) in pairs.items() if before != after)
