@@ -46,6 +46,11 @@ nodeSelectors = [{ matchLabels = { role = "edge" } }]
 """
 
 
+def metallb(name: str, file: str = "assignment.go") -> pytest.MarkDecorator:
+    """Mark a test as one of MetalLB's own, from e2etest/l2tests."""
+    return pytest.mark.conformance(name, source=f"MetalLB e2e {file}")
+
+
 @pytest.fixture(scope="module")
 def files() -> dict[str, str]:
     """The nodes' files as they are at first."""
@@ -121,6 +126,7 @@ def test_services_with_the_same_key_share_an_address_by_their_ports(cluster):
         assert ASK[protocol](cluster.ext, EVERYBODY["dns-tcp"], 53).name in ("a1", "b1")
 
 
+@metallb("should remove the ip from a service assign it to a free one when deleting the service")
 def test_a_service_waits_while_the_pool_is_full_and_gets_what_becomes_free(cluster, files):
     reason = "no IPv4 address is free in pool default"
     assert shown(cluster.node)["pending"] == [{"service": "default/late", "reason": reason}]
@@ -139,8 +145,8 @@ def test_a_service_waits_while_the_pool_is_full_and_gets_what_becomes_free(clust
 
 def test_the_control_api_gives_addresses_too_and_takes_them_back(cluster, files):
     have(cluster, files, WEB)
-    with cluster.use(LATE, service("plain", "10.96.0.6", [port(80)], [A1])):
-        assert [having(node) for node in cluster.nodes] == [{"web": FIRST, "late": SECOND}] * 2
+    with cluster.use(balanced("set", "10.96.0.9"), service("plain", "10.96.0.6", [port(80)], [A1])):
+        assert [having(node) for node in cluster.nodes] == [{"web": FIRST, "set": SECOND}] * 2
         assert ASK["tcp"](cluster.ext, SECOND, 80).name in ("a1", "b1")
     assert [having(node) for node in cluster.nodes] == [{"web": FIRST}] * 2
     assert answering(cluster, SECOND) == set()
@@ -153,6 +159,22 @@ def test_an_endpoint_that_comes_or_goes_moves_no_address(cluster):
         assert [having(node) for node in cluster.nodes] == [EVERYBODY] * 2
 
 
+@metallb("should remove the ip from a service assign it to a free one when changing the service type to clusterIP")
+def test_a_service_of_another_type_leaves_its_address_to_who_waits(cluster, files):
+    changed = {key: value for key, value in DB.items() if key != "type"}
+    have(cluster, files, *(changed if each is DB else each for each in STATIC))
+    expected = {name: address for name, address in EVERYBODY.items() if name != "db"} | {"late": SECOND}
+    assert [having(node) for node in cluster.nodes] == [expected] * 2
+
+
+@metallb("should preseve the same external ip after controller restart")
+def test_a_node_that_is_killed_and_comes_back_gives_the_same_addresses(cluster):
+    cluster.node.kill()
+    cluster.node.start()
+    assert [having(node) for node in cluster.nodes] == [EVERYBODY] * 2
+
+
+@metallb("IPV4 removing pools removes all pools")
 def test_a_pool_that_is_gone_takes_its_addresses_back(cluster, files):
     assert answering(cluster, FIRST)
     for node in cluster.nodes:
@@ -160,6 +182,43 @@ def test_a_pool_that_is_gone_takes_its_addresses_back(cluster, files):
     assert shown(cluster.node)["addresses"] == []
     assert shown(cluster.node)["pending"] == [{"service": "default/web", "reason": "there is no address pool"}]
     eventually(lambda: not answering(cluster, FIRST))
+
+
+PINNED = """
+[[loadBalancer.ipAddressPools]]
+name = "{0}"
+addresses = ["{1}"]
+serviceAllocation = {{ namespaces = ["default"], priority = {2} }}
+"""
+
+
+@metallb("IPV4 - Validate service allocation in address pools with namespace")
+@metallb("IPV4 removing pools reallocates svc after deleting a pool")
+def test_pools_for_a_namespace_are_first_by_priority_and_one_that_goes_moves_its_service(cluster, files):
+    text = "".join(section("", "[services.static]", each) for each in (WEB, DB, LATE))
+    for node in cluster.nodes:
+        reload(node, files[node.name])
+    pinned = [PINNED.format("none", "192.0.2.230", 0), PINNED.format("b", "192.0.2.231", 20)]
+    pinned += [PINNED.format("a", "192.0.2.232", 10)]
+    for node in cluster.nodes:
+        reload(node, files[node.name] + text + POOLS + "".join(pinned))
+    before = {"web": "192.0.2.232", "db": "192.0.2.231", "late": "192.0.2.230"}
+    assert [having(node) for node in cluster.nodes] == [before] * 2
+    for node in cluster.nodes:
+        reload(node, files[node.name] + text + POOLS + "".join(pinned[:2]))
+    assert [having(node) for node in cluster.nodes] == [before | {"web": FIRST}] * 2
+
+
+@metallb("A service with loadbalancer class should not get an ip", "loadbalancer_class.go")
+def test_a_service_of_a_class_gets_no_address_and_is_not_announced(cluster, files):
+    others = {"loadBalancerClass": "example.com/lb"}
+    waiting = balanced("theirs", "10.96.0.7", **others)
+    by_hand = balanced("given", "10.96.0.8", port(81), loadBalancerIPs=[SECOND], **others)
+    have(cluster, files, waiting, by_hand, WEB)
+    assert having(cluster.node) == {"web": FIRST}
+    assert shown(cluster.node)["pending"] == []
+    assert len(answering(cluster, FIRST)) == 1
+    assert answering(cluster, SECOND) == set()
 
 
 def test_only_a_node_that_an_advertisement_selects_announces(cluster, files):
