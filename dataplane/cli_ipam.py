@@ -40,9 +40,9 @@ def show(blocks: bool, addresses: bool, output: str, path: Path | None) -> None:
     if output == "json":
         print_json(books)
         return
-    from dataplane.control import ipam_report
+    from dataplane.control import views_ipam
 
-    view = ipam_report.holders if addresses else ipam_report.with_blocks if blocks else ipam_report.summary
+    view = views_ipam.holders if addresses else views_ipam.with_blocks if blocks else views_ipam.summary
     print_table(view(books))
 
 

@@ -181,7 +181,8 @@ async def _serve(
 ) -> None:
     """Offer the control API until the node is told to stop; without it the node goes on, and says so."""
     settings = node.settings
-    await asyncio.to_thread(importlib.import_module, "dataplane.control.handlers")  # packets flow meanwhile
+    for module in ("control.handlers", "control.handlers_ipam", "addresses"):
+        await asyncio.to_thread(importlib.import_module, f"dataplane.{module}")  # packets flow meanwhile
     from dataplane.control import api
 
     extensions: list[Extension] = []
