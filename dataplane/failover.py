@@ -148,13 +148,17 @@ class Failover:
 
     def _readable(self) -> None:
         assert self._socket is not None
+        silent = self.beats.silent
         for _ in range(_PER_TURN):
             try:
                 data, source = self._socket.recvfrom(_DATAGRAM)
             except OSError:  # nothing more, or an ICMP error about something we sent
                 break
             self._send(self.beats.received(data, source[0], _now()))
-        self._turn()
+        if self.beats.silent != silent or self.beats.pursued:
+            self._turn()
+        else:
+            self._guard(_now())  # a beat only lets us go on
 
     def _send(self, datagrams: list[Datagram]) -> None:
         if self._socket is None:
@@ -183,14 +187,21 @@ class Failover:
         if self.own is not None:
             self._elect(state)
             self._own(self.own, now)
-        until = self.own.fence(now) if self.own is not None else self.trust.fence(now)
+        self._guard(now)
         if self.own is not None and self.own.leaving and self.own.left:
             self._left.set()
-        if not self._leaving:
-            self._set_fence(until)
-            self._tell_if_opened(now < until)
         if self._refreshing is None and now >= self._retry_at and self._wanted() != self._value:
             self._refreshing = asyncio.ensure_future(self._refresh())
+
+    def _guard(self, now: int) -> None:
+        """Move the fence, and announce everything anew when it has opened: others may have been believed meanwhile."""
+        if self._leaving:
+            return
+        until = self.own.fence(now) if self.own is not None else self.trust.fence(now)
+        self._set_fence(until)
+        was, self._open = self._open, now < until
+        if self._open and not was and self._node.underlay is not None:
+            self._node.underlay.announce()
 
     def _meet(self, state: DesiredState, now: int) -> None:
         """Take over who is there."""
@@ -211,12 +222,6 @@ class Failover:
         if own.must_read(now) and not self._reading and self._claims is not None:
             self._reading = True
             self._spawn(self._read())
-
-    def _tell_if_opened(self, is_open: bool) -> None:
-        """Announce everything anew when the fence has opened: others may have been believed meanwhile."""
-        was, self._open = self._open, is_open
-        if is_open and not was and self._node.underlay is not None:
-            self._node.underlay.announce()
 
     async def _refresh(self) -> None:
         """Make the node what is wanted now; what it answers for is said before it does, and after it no longer does."""

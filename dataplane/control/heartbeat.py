@@ -178,8 +178,10 @@ class Heartbeats:
     Attributes:
         name: Of this node.
         start: What tells this run of it from others before: nanoseconds since the epoch.
-        strict: Whether this node may count as a watcher that convicts: a member of the store until then, ns.
+        strict_until: Until when it is sure to be a member of the store, and may count as a watcher that convicts.
         silent: Nodes that do not answer, by more than half of those that should know.
+        members: The nodes that count, this one among them.
+        pursued: Nodes whose watchers are asked with every tick.
 
     Args:
         now: Nanoseconds of any monotonic clock, as everywhere here.
@@ -194,12 +196,12 @@ class Heartbeats:
     counts: Counts = field(default_factory=Counts)
     silent: frozenset[str] = frozenset()
     members: frozenset[str] = frozenset()
+    pursued: frozenset[str] = frozenset()
     _peers: dict[str, _Peer] = field(default_factory=dict)
     _votes: dict[str, dict[str, _Vote]] = field(default_factory=dict)
     _sent: dict[int, int] = field(default_factory=dict)
     _asked: dict[int, tuple[str, int]] = field(default_factory=dict)
     _applied: frozenset[str] = frozenset()
-    _pursued: frozenset[str] = frozenset()
     _number: int = 0
     _ticked: int = 0
     _born: int = 0
@@ -229,7 +231,7 @@ class Heartbeats:
 
     def pursue(self, subjects: Iterable[str]) -> None:
         """Ask the watchers of these nodes with every tick, since they may have to be convicted."""
-        self._pursued = frozenset(subjects)
+        self.pursued = frozenset(subjects)
 
     def _watches(self, watcher: str, subject: str) -> bool:
         return watcher in watchers(subject, self.members)
@@ -365,7 +367,7 @@ class Heartbeats:
                 peer.voted, peer.told = now, peer.told + 1
                 peer.tell_at = now + (self.timing.interval_ns if peer.told < _SOON else _LATER)
         doubted = {name for name, peer in self._peers.items() if peer.silent and name not in self.silent}
-        return sends + self.ask(self._pursued | doubted, now)
+        return sends + self.ask(self.pursued | doubted, now)
 
     def _is_overdue(self, name: str, peer: _Peer, now: int) -> bool:
         if self._calls_silent(peer) or not self._related(name):

@@ -43,7 +43,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @contextmanager
 def owners(site: Site) -> Iterator[list[str]]:
-    """Ask who has the address 50 times a second; afterwards the list has the MACs that answered, each run of one once."""
+    """Ask who has the address 50 times a second; afterwards the list has who answered, each run of one MAC once."""
     asking = site.ext.spawn("arping", "-i", "eth0", "-c", 100_000, "-W", 0.02, site.address)
     asking.expect("bytes from")
     found: list[str] = []
