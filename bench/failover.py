@@ -1,9 +1,9 @@
-"""Failover of a load balancer's address: from kill -9 of its owner to the first answer that a client has from elsewhere.
+"""Failover of an address: from kill -9 of its owner to the first answer that a client has from elsewhere.
 
 Three nodes and a client are on one LAN, in namespaces; the client asks a UDP service every 10 ms and is told where its
-address went by gratuitous ARP alone. The owner is killed, started again when the others have taken over, and so on: once
-with static peers, where each node elects the owner by itself, and once with etcd, where a successor must have been in
-the store for a while before it may take over (control/ownership.py).
+address went by gratuitous ARP alone. The owner is killed, started again when the others have taken over, and so on:
+once with static peers, where each node elects the owner by itself, and once with etcd, where a successor must have
+been in the store for a while before it may take over (control/ownership.py).
 
 The reference is not measured but what memberlist's defaults come to, which MetalLB takes as they are: each survivor
 probes one member a second, a probe fails when its second is over, and a suspect is dead 4 s later (SuspicionMult 4, the
