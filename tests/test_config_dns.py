@@ -87,6 +87,19 @@ def test_what_is_refused(section, error):
     assert [line.partition(" ")[2] for line in found] == [error]
 
 
+@pytest.mark.parametrize(
+    ("address", "error"),
+    [
+        ("224.0.0.10", "expected a unicast address (got 224.0.0.10)"),
+        ("192.0.2.11", "is this node's own address (got 192.0.2.11)"),
+        ("10.244.1.99", "expected an address outside pods.cidr (got 10.244.1.99)"),
+    ],
+)
+def test_the_address_is_nobody_elses(address, error):
+    found = errors(NODE + f'[dns]\nclusterIP = "{address}"')
+    assert [line.partition(" ")[2] for line in found] == [f"dns.clusterIP: {error}"]
+
+
 def test_a_domain_leaves_room_for_names_in_front_of_it():
     long = ".".join(["a" * 42] * 4)
     assert errors(FILE + SECTION + f'clusterDomain = "{long}"')[0].endswith(

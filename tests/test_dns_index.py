@@ -139,6 +139,9 @@ def test_nothing_is_said_to_change_when_nothing_does():
     assert index.update(STATE, CLUSTER)
     assert not index.update(STATE, CLUSTER)
     assert not index.update(replace(STATE), replace(CLUSTER))
+    again = {name: replace(pod) for name, pod in CLUSTER.pods.items()}
+    assert not index.update(replace(STATE, pods=tuple(map(replace, STATE.pods))), replace(CLUSTER, pods=again))
+    assert not index.update(replace(STATE, services=tuple(map(replace, STATE.services))), CLUSTER)
 
 
 def test_each_thing_that_names_depend_on_is_a_change():

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.resolving import (
     ask,
     ask_tcp,
     by,
+    client,
     failing,
     good,
     lying,
@@ -182,3 +184,34 @@ async def test_new_upstreams_are_asked_instead_and_nothing_old_is_kept():
         assert summary((await ask(place(node, "UDP"), question(OTHER)))[0]) == "A 203.0.113.1"
         await node.become(by(second))
         assert summary((await ask(place(node, "UDP"), question(OTHER)))[0]) == "A 203.0.113.2"
+
+
+@scenario
+async def test_what_comes_by_tcp_must_answer_the_question_too():
+    async def other(reader, writer):
+        await message(reader)
+        data = answered(DNSRecord.question("www.example.org"), "203.0.113.66")
+        writer.write(len(data).to_bytes(2) + data)
+        writer.close()
+
+    def truncated(server, asked, addr):
+        server.transport.sendto(answered(asked, tc=1), addr)
+
+    async with serving(truncated) as (server,), await asyncio.start_server(other, *map(str, server.place)):
+        answer = await exchange(server.place, b"\x01a\0", 1)
+        assert answer.truncated  # as it came by UDP
+
+
+@scenario
+async def test_the_end_does_not_wait_for_upstreams():
+    asked: asyncio.Queue[Any] = asyncio.Queue()
+    async with serving(lambda *call: asked.put_nowait(call)) as (server,), resolving(by(server)) as (_, node):
+        reader, writer = await asyncio.open_connection(*place(node, "TCP"))
+        writer.write(len(question(OTHER)).to_bytes(2) + question(OTHER))
+        async with client(place(node, "UDP")) as asking:
+            asking.transport.sendto(question(f"a.{OTHER}"))
+            for _ in range(2):
+                await asked.get()
+    with suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    writer.close()
