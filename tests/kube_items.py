@@ -118,7 +118,7 @@ def _publish(server: KubeServer, version: int) -> None:
         server.publish()
 
 
-async def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
+async def eventually(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until a condition holds."""
     for _ in range(int(seconds / 0.005)):
         if condition():
@@ -150,7 +150,7 @@ async def following(server: KubeServer, text: str = FILE, access: Access | None 
     """Join a server's cluster, and follow it for the length of the ``with``."""
     source = KubernetesSource(settings(text), access or Access(server.url, token=server.token))
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             found = Following(source, await source.join(settings(text)))
         task = asyncio.ensure_future(source.run(found.take))
         try:

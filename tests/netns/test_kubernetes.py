@@ -295,6 +295,14 @@ def test_a_load_balancer_gets_its_address_into_its_status_and_is_reached_from_th
     assert len(owners(world.ext, "192.0.2.200")) == 1
 
 
+def test_a_node_that_can_never_reach_a_server_says_why_and_ends(network):
+    lost = network.node(network.namespace("lost"), "node9", FILE % (9, "/nowhere/kubeconfig"))
+    process = lost.launch()
+    assert process.wait(60) == 1
+    assert "/nowhere/kubeconfig: the kubeconfig cannot be read: No such file" in process.output
+    assert not lost.journal.exists()
+
+
 def test_a_node_that_ends_leaves_nothing_and_the_other_takes_the_writing_over(world):
     assert world.nodes[0].stop() == 0
     late = service("late", "10.96.0.24", type="LoadBalancer")
