@@ -5,7 +5,9 @@ since the very first start compiles the kernels for all, then the others at once
 packets and every pod's server listens; all of it goes on running without us.
 """
 
+import asyncio
 import http.client
+import json
 import shutil
 import subprocess
 import sys
@@ -16,16 +18,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dataplane.control import client
+from dataplane.control.process import Store
 from dataplane.control.query import Query
 from dataplane.devices import journal
-from dataplane.lab_look import PLAN, READY, inside, is_ready, is_up, only, serves, services
+from dataplane.lab_look import PLAN, READY, inside, is_ready, is_up, only, serves
 from dataplane.lab_machine import JOURNAL, LabError, Machine, is_there, owner_of, start, take_away, wait_for
 from dataplane.lab_plan import ETCD_PORT, LAN, RUN, LabNode, Plan
 
 ETCD = "etcd"
 _FIRST_SECONDS = 900.0  # the first start compiles: 30 s on an idle core, minutes on a busy one
 _SECONDS = 120.0
-_POOL_SECONDS = 3.0
+_BALANCED_SECONDS = 5.0
 _LAST_LINES = 15
 _REPORT_SECONDS = 2.0  # between lines of the compiler's progress
 
@@ -90,6 +93,7 @@ def _run(plan: Plan, say: Say) -> None:
     _start_nodes(plan, [first], say, _FIRST_SECONDS)
     _start_nodes(plan, others, say, _SECONDS)
     if plan.state == "etcd":
+        _write_pools(plan)
         for service in plan.services:
             keys = {key: value for key, value in service.items() if key not in ("name", "namespace")}
             _asked(client.set_service, plan.socket(first.name), _namespace(service), service["name"], keys)
@@ -97,14 +101,23 @@ def _run(plan: Plan, say: Say) -> None:
     for node in plan.nodes:
         if not wait_for(lambda node=node: _is_complete(plan, node), _SECONDS):  # type: ignore[misc]
             raise LabError(f"{node.name} does not know of all nodes and services:\n{_last_lines(plan.log(node.name))}")
-    wait_for(lambda: not _pending(plan), _POOL_SECONDS)
+    wait_for(lambda: _is_balanced(plan), _BALANCED_SECONDS)
 
 
-def _pending(plan: Plan) -> set[str]:
-    """Return the services that wait for an address out of a pool; there may be none left for them."""
-    balanced = {row["service"] for row in services(plan) if row["kind"] == "load-balancer-ip" and row["address"]}
-    asked = {f"{_namespace(each)}/{each['name']}" for each in plan.services if each.get("type") == "LoadBalancer"}
-    return asked - balanced
+def _is_balanced(plan: Plan) -> bool:
+    """Whether every LoadBalancer service has an address that somebody answers for, as all nodes see it.
+
+    It may never come true: pools run out, and nobody answers for a service without endpoints.
+    """
+    wanted = {f"{_namespace(each)}/{each['name']}" for each in plan.services if each.get("type") == "LoadBalancer"}
+    views = []
+    for node in plan.nodes:
+        try:
+            rows = client.get(plan.socket(node.name), "load_balancer")["addresses"]
+        except client.ControlError:
+            return False
+        views.append({name: row["owner"] for row in rows if row["owner"] for name in row["services"]})
+    return wanted <= views[0].keys() and all(view == views[0] for view in views)
 
 
 def _start_nodes(plan: Plan, nodes: Sequence[LabNode], say: Say, seconds: float) -> None:
@@ -157,6 +170,29 @@ def _start_etcd(plan: Plan) -> None:
     ]
     program = start(plan.netns(LAN), plan.log(ETCD), command)
     _wait_for_program(plan, ETCD, program, lambda: _etcd_is_healthy(plan), _SECONDS, print)
+
+
+def _write_pools(plan: Plan) -> None:
+    """Put the pools and advertisements into etcd, where all nodes look for them."""
+    from dataplane.control.etcd import Etcd, EtcdError, Put
+
+    prefix = Store().prefix
+    keys = {f"{prefix}/pools/{pool['name']}": pool for pool in plan.pools}
+    keys |= {f"{prefix}/advertisements/{each.get('name', 'default')}": each for each in plan.advertisements}
+
+    async def write() -> bool:
+        etcd = Etcd([f"http://{plan.switch}:{ETCD_PORT}"])
+        try:
+            for key, value in keys.items():
+                await etcd.txn([], [Put(key, json.dumps(value))])
+        finally:
+            await etcd.close()
+        return True
+
+    try:
+        inside(plan.netns(LAN), lambda: asyncio.run(write()))
+    except EtcdError as error:
+        raise LabError(f"etcd: {error}") from None
 
 
 def _wait_for_program(

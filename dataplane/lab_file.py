@@ -120,7 +120,7 @@ def _pods(lab: LabFile) -> Iterator[Problem]:
 def _of_a_node(layout: "_Layout") -> Iterator[Problem]:
     """Yield what the first node's file would be refused for, at the keys that it is made from."""
     node = layout.node_values(1)
-    node["services"]["static"] = layout.services
+    layout.share(node)
     file, problems = config.shape(node)
     assert file is not None, problems  # the lab's models are the node's
     for problem in (*problems, *check(file, node)):
@@ -153,6 +153,7 @@ class _Layout:
         self.numbers = range(1, lab.cluster.nodes + 1)
         self.pods = list(self._pods())
         self.services = list(self._services())
+        self.balancer: dict[str, Any] = values.get("loadBalancer", {})
 
     def plan(self) -> Plan:
         """Return the plan."""
@@ -170,6 +171,8 @@ class _Layout:
             ),
             pods=tuple(pod for _, pod in self.pods),
             services=tuple(self.services),
+            pools=tuple(self.balancer.get("ipAddressPools", ())),
+            advertisements=tuple(self.balancer.get("l2Advertisements", ())),
             dns=str(dns.cluster_ip) if dns else "",
             domain=dns.cluster_domain if dns else "",
         )
@@ -219,13 +222,20 @@ class _Layout:
             "routes": [{"dst": "0.0.0.0/0", "via": str(network.lan[_CLIENT])}],
             "services": {"clusterCIDR": [str(network.pod_cidr)], "serviceCIDR": [str(network.service_cidr)]},
             "api": {"socket": str(RUN / self.name / f"node{number}.sock")},
-            **{key: self._values[key] for key in ("loadBalancer", "dns") if key in self._values},
         }
+        if "dns" in self._values:
+            made["dns"] = self._values["dns"]
         if self._lab.cluster.state == "etcd":
             url = f"http://{network.lan[_SWITCH]}:{ETCD_PORT}"
             return made | {"state": {"source": "etcd", "etcd": {"endpoints": [url]}}}
-        made["services"]["static"] = self.services
+        self.share(made)
         return made | {"peers": [self._peer(other) for other in self.numbers if other != number]}
+
+    def share(self, node: dict[str, Any]) -> None:
+        """Put into a node's file what all nodes have in common, and etcd would tell them."""
+        node["services"]["static"] = self.services
+        if self.balancer:
+            node["loadBalancer"] = self.balancer
 
     def _pod(self, group: PodGroup, pod: LabPod) -> dict[str, Any]:
         named = {"name": pod.name, "namespace": pod.namespace, "netns": f"{self.name}-{pod.name}"}

@@ -45,6 +45,8 @@ class Plan:
         state: "static" or "etcd".
         lan: The LAN's prefix; ``client`` and ``switch`` are addresses in it.
         services: With the keys of ``[[services.static]]``.
+        pools: With the keys of ``[[loadBalancer.ipAddressPools]]``.
+        advertisements: With those of ``[[loadBalancer.l2Advertisements]]``.
         dns: The address that pods ask; "" without cluster DNS.
         domain: Of cluster DNS.
     """
@@ -58,6 +60,8 @@ class Plan:
     nodes: tuple[LabNode, ...]
     pods: tuple[LabPod, ...]
     services: tuple[Mapping[str, Any], ...]
+    pools: tuple[Mapping[str, Any], ...]
+    advertisements: tuple[Mapping[str, Any], ...]
     dns: str
     domain: str
 
@@ -103,6 +107,7 @@ class Plan:
             found = json.loads(text)
             nodes = tuple(LabNode(**node) for node in found.pop("nodes"))
             pods = tuple(LabPod(**pod) for pod in found.pop("pods"))
-            return cls(nodes=nodes, pods=pods, services=tuple(found.pop("services")), **found)
+            found |= {key: tuple(found[key]) for key in ("services", "pools", "advertisements")}
+            return cls(**found | {"nodes": nodes, "pods": pods})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no plan of a lab: {error!r}") from None

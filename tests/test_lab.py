@@ -90,6 +90,21 @@ def test_a_node_of_etcd_has_neither_peers_nor_services_in_its_file():
     assert [service["name"] for service in plan.services] == ["web"]
 
 
+POOL = '[[loadBalancer.ipAddressPools]]\nname = "lan"\naddresses = ["{addresses}"]\n'
+
+
+@pytest.mark.parametrize(("state", "own"), [("static", 1), ("etcd", 0)])
+def test_pools_are_in_the_nodes_files_or_for_etcd(state, own):
+    source = FILE.replace("nodes = 2", f'nodes = 2\nstate = "{state}"') + POOL.format(
+        addresses="192.0.2.200-192.0.2.210"
+    )
+    plan = parse(source, "")
+    assert [pool["name"] for pool in plan.pools] == ["lan"]
+    assert len(config.parse(plan.nodes[0].text, "").state.pools) == own
+    (error,) = errors(source.replace("192.0.2.210", "192.0.2.20"))
+    assert "loadBalancer.ipAddressPools[0].addresses[0]: expected a prefix or a range" in error
+
+
 def test_a_selector_finds_the_pods_of_its_namespace_with_all_its_labels():
     def endpoints(selector: str, namespace: str = "default") -> int:
         source = FILE.replace('selector = { app = "web" }', f'selector = {selector}\nnamespace = "{namespace}"')

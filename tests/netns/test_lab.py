@@ -42,9 +42,11 @@ perNode = 1
 name = "web"
 type = "LoadBalancer"
 clusterIPs = ["10.96.0.20"]
-loadBalancerIPs = ["192.0.2.200"]
 ports = [{{ name = "http", port = 80, targetPort = 8080, nodePort = 30080 }}]
 selector = {{ app = "web" }}
+[[loadBalancer.ipAddressPools]]
+name = "lan"
+addresses = ["192.0.2.200-192.0.2.220"]
 [dns]
 clusterIP = "10.96.0.10"
 """
