@@ -53,7 +53,9 @@ def _pools(file: ClusterFile) -> Iterator[Problem]:
     seen: list[tuple[KeyPath, str, Address, Address]] = []
     for at, pool in pools:
         if not pool.addresses:
-            yield Problem((*at, "addresses"), "expected at least one range (got [])")
+            yield Problem(
+                (*at, "addresses"), "expected at least one range (got [])", ("loadBalancer.ipAddressPools.addresses",)
+            )
         for path, (first, last) in each((*at, "addresses"), pool.addresses):
             if first.version == 6:
                 yield Problem(path, f"IPv6 is not supported yet (got {first})")
