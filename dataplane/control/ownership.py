@@ -284,7 +284,7 @@ class Ownership:
 
     def is_certain(self, now: int) -> bool:
         """Tell whether nobody else can have taken what is this node's."""
-        return now < self._certain
+        return now < min(self._certain, self.beats.strict_until)
 
     def fence(self, now: int) -> int:
         """Return until when this node may answer, ns."""
@@ -302,7 +302,7 @@ class Ownership:
         if self.is_certain(now):
             self._certain = max(self._certain, min(self.beats.promised(now), lease))
         kept = self._kept(now) if self._failing is not None else 0
-        self._until = max(self._certain, kept)
+        self._until = max(min(self._certain, lease), kept)
 
     def _kept(self, now: int) -> int:
         """Return until when to go on although the store is away, so that others may know better."""
