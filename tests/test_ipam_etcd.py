@@ -185,6 +185,34 @@ def test_an_assignment_whose_answer_was_lost_is_found_again_or_given_back(shared
     asyncio.run(lost_answers(shared, request, monkeypatch))
 
 
+async def silent_etcd(server, request, monkeypatch):
+    async with world(server, request) as here:
+        node = here.node()
+        await node.claim_first_block(NOW)
+        await node.assign("before", NOW)
+        asked = 0
+
+        async def silence(*_, **__):
+            nonlocal asked
+            asked += 1
+            await asyncio.sleep(0.01)  # what would be seconds
+            raise UnavailableError("no answer")
+
+        with monkeypatch.context() as patch:
+            for name in ("txn", "range"):
+                patch.setattr(here.etcd, name, silence)
+            asking = (*(node.assign(f"pod{number}", NOW) for number in range(20)), node.release("before", NOW))
+            outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        assert {str(outcome) for outcome in outcomes} == {"etcd: no answer"}
+        assert asked == 1
+        await node.release("before", NOW)
+        assert await node.held() == {}
+
+
+def test_those_who_wait_for_an_etcd_that_is_silent_are_told_together(shared, request, monkeypatch):
+    asyncio.run(silent_etcd(shared, request, monkeypatch))
+
+
 async def etcd_killed(server, request):
     async with world(server, request) as here:
         node = here.node()

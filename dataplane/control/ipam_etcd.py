@@ -7,11 +7,12 @@ out the last swap, it reads the books again.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from dataplane.control.etcd import Compare, Delete, Etcd, EtcdError, KeyValue, Put
+from dataplane.control.etcd import Compare, Delete, Etcd, EtcdError, KeyValue, Put, UnavailableError
 from dataplane.control.etcd import Get as EtcdGet
 from dataplane.control.ipam import Allocation, Block, IpamError, NoAddressError, Pool, Rules, TakenError
 from dataplane.control.ipam_engine import Allocator
@@ -45,6 +46,7 @@ class EtcdAddresses:
         self._doubtful: set[str] = set()
         self._complained: dict[str, int] = {}
         self._turn = asyncio.Lock()
+        self._silent = (0.0, "")  # when etcd did not answer the last time, and what there is to say
 
     @property
     def rules(self) -> Rules:
@@ -57,7 +59,7 @@ class EtcdAddresses:
         self, handle: str, now: float, requested: Address | None = None, attributes: Mapping[str, str] | None = None
     ) -> Address:
         """Return the handle's address, a new one if it has none (``Addresses.assign``)."""
-        async with self._turn:
+        async with self._alone():
             mine = (await self._known()).get(handle)
             if mine is not None and await self._carry_out(self._allocator.holds(handle, mine)):
                 if requested not in (None, mine):
@@ -95,7 +97,7 @@ class EtcdAddresses:
 
     async def release(self, handle: str, now: float) -> None:
         """Take back what the handle holds (``Addresses.release``)."""
-        async with self._turn:
+        async with self._alone():
             await self._release(handle, now)
 
     async def _release(self, handle: str, now: float) -> None:
@@ -108,7 +110,7 @@ class EtcdAddresses:
 
     async def held(self) -> Mapping[str, Address]:
         """Return what is held (``Addresses.held``); once it is known, etcd is only asked whether it is there."""
-        async with self._turn:
+        async with self._alone():
             if self._held is not None:
                 await self._carry_out(self._allocator.own())
             return dict(await self._known())
@@ -126,7 +128,7 @@ class EtcdAddresses:
         Raises:
             IpamError: No pool has a block for this node, or etcd cannot be reached.
         """
-        async with self._turn:
+        async with self._alone():
             await self._read_pools()
             return await self._carry_out(self._allocator.claim_first_block(now))
 
@@ -136,7 +138,7 @@ class EtcdAddresses:
         Returns:
             The blocks that were given back.
         """
-        async with self._turn:
+        async with self._alone():
             await self._read_pools()
             for handle in tuple(self._doubtful):
                 await self._release(handle, now)
@@ -144,7 +146,7 @@ class EtcdAddresses:
 
     async def release_address(self, address: Address, seen: Allocation, now: float) -> bool:
         """Take back an address (``Books.release_address``)."""
-        async with self._turn:
+        async with self._alone():
             steps = self._allocator.release_address(address, now, seen.handle, seen.sequence)
             released = await self._carry_out(steps) is not None
             self._held = None
@@ -152,18 +154,33 @@ class EtcdAddresses:
 
     async def forget(self, node: str, now: float) -> tuple[Address, ...]:
         """Take back what a node has (``Books.forget``)."""
-        async with self._turn:
+        async with self._alone():
             addresses = await self._carry_out(self._allocator.forget(node, now))
             self._held = None
             return addresses
 
     async def look(self) -> tuple[Rules, tuple[Block, ...]]:
         """Return the rules in force and all blocks of the cluster (``Books.look``)."""
-        async with self._turn:
+        async with self._alone():
             await self._read_pools()
             return self.rules, await self._carry_out(self._allocator.blocks())
 
     # --- etcd --------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Wait for one's turn; whoever waited while etcd did not answer need not ask it once more."""
+        began = asyncio.get_running_loop().time()
+        async with self._turn:
+            if self._silent[0] > began:
+                raise IpamError(self._silent[1])
+            yield
+
+    def _failure(self, error: EtcdError) -> IpamError:
+        failure = IpamError(f"etcd: {error}")
+        if isinstance(error, UnavailableError):
+            self._silent = asyncio.get_running_loop().time(), str(failure)
+        return failure
 
     async def _read_pools(self, only_once: bool = False) -> None:
         """Take the pools from etcd; where it has none, those of the file are written first."""
@@ -179,7 +196,7 @@ class EtcdAddresses:
                 )
                 found = (await self._etcd.range(self._prefix + POOLS)).items
         except EtcdError as error:
-            raise IpamError(f"etcd: {error}") from None
+            raise self._failure(error) from None
         pools = [pool for item in found for pool in self._pool(item)]
         self._allocator.rules = replace(self._allocator.rules, pools=tuple(pools))
         self._pools_known = True
@@ -204,7 +221,7 @@ class EtcdAddresses:
                 answer = await self._answer(operation)
         except EtcdError as error:
             self._held = None
-            raise IpamError(f"etcd: {error}") from None
+            raise self._failure(error) from None
         except asyncio.CancelledError:
             self._held = None
             raise
