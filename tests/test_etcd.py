@@ -1,6 +1,7 @@
 """The client against a real etcd."""
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, closing
@@ -316,10 +317,11 @@ def test_a_silent_watch_asks_whether_etcd_is_there(run, prefix, monkeypatch):
     run(work)
 
 
-async def last(watch: AsyncIterator[Events]) -> None:
+async def last(watch: AsyncIterator[Events], found: list[Events] | None = None) -> None:
     """Read a watch to its end."""
-    async for _ in watch:
-        pass
+    async for events in watch:
+        if found is not None:
+            found.append(events)
 
 
 # --- etcd away -------------------------------------------------------------------------------------------------------
@@ -365,10 +367,12 @@ def test_a_hung_etcd_is_noticed_and_a_killed_one_comes_back(tmp_path, monkeypatc
         use([own.url], work, timeout=0.5)
 
 
-def test_somebody_else_at_the_port_is_an_error():
+def against(content: bytes, work: Callable[[Etcd], Awaitable[None]]) -> None:
+    """Talk to a server that answers every request with the same."""
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(content), content))
         await writer.drain()
         writer.close()
 
@@ -376,12 +380,40 @@ def test_somebody_else_at_the_port_is_an_error():
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         client = Etcd([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
         try:
-            with pytest.raises(EtcdError, match="no JSON; is this etcd"):
-                await client.get("/a")
-            with pytest.raises(EtcdError, match="no JSON; is this etcd"):
-                await seen(client, "/", 1, 1)
+            await work(client)
         finally:
             await client.close()
             server.close()
 
     asyncio.run(whole())
+
+
+def test_somebody_else_at_the_port_is_an_error():
+    async def work(client: Etcd) -> None:
+        with pytest.raises(EtcdError, match="no JSON; is this etcd"):
+            await client.get("/a")
+        with pytest.raises(EtcdError, match="no JSON; is this etcd"):
+            await seen(client, "/", 1, 1)
+
+    against(b"hi", work)
+
+
+def test_a_revision_in_fragments_is_one_and_the_header_is_not_believed_beyond_it():
+    def message(**keys: object) -> bytes:
+        return json.dumps({"result": {"header": {"revision": "50"}, **keys}}).encode() + b"\n"
+
+    def event(key: str) -> dict[str, object]:
+        return {"kv": {"key": etcd._encoded(key), "mod_revision": "11", "version": "1"}}
+
+    async def work(client: Etcd) -> None:
+        found: list[Events] = []
+        with pytest.raises(UnavailableError):
+            await last(client.watch("/", 11), found)
+        assert [(each.revision, [item.key for item in each.events]) for each in found] == [
+            (10, []),
+            (11, ["/a", "/b"]),
+            (50, []),  # a progress notification
+        ]
+
+    stream = message(created=True) + message(events=[event("/a")], fragment=True) + message(events=[event("/b")])
+    against(stream + message(), work)
