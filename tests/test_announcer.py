@@ -93,3 +93,13 @@ def test_another_mac_is_told_to_everybody_at_once():
     frames = announcer.repeat(20 * SECOND)
     assert {Ether(frame).src for frame in frames} == {"02:00:c0:00:02:0c"}
     assert times(announcer, frames, 20 * SECOND, 26 * SECOND) == [0.0, 1.1, 2.2, 3.3, 4.4]
+
+
+def test_what_may_have_moved_is_not_announced_and_the_nodes_own_address_is():
+    is_owner = [False]
+    announcer = Announcer(MAC, lambda now: is_owner[0])
+    own = replace(OWNING, uplink=replace(OWNING.uplink, shared=False))
+    own_address = {str(address) for address in OWNING.node.addresses}
+    assert {Ether(frame)[ARP].psrc for frame in announcer.update(own, 0)} == own_address
+    is_owner[0] = True
+    assert {Ether(frame)[ARP].psrc for frame in announcer.repeat(SECOND)} == own_address | {str(ADDRESS)}

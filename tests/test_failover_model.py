@@ -43,13 +43,39 @@ def play(world: World, plot: list[tuple[Any, int]]) -> None:
         world.run(pause)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(2, 4), st.integers(0, 1 << 32), PLOT)
 def test_never_two_nodes_answer_and_in_the_end_one_does(nodes, seed, plot):
     world = World(nodes, seed, never_two)
     world.run(3 * SECOND)
     play(world, plot)
     world.heal()
-    world.run(15 * SECOND)
+    world.run(12 * SECOND)
     for address in ADDRESSES:
         assert world.answering(address) == [winner(world.names, address)]
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 4), st.integers(0, 1 << 32))
+def test_a_killed_owner_is_replaced_within_a_second(nodes, seed):
+    world = World(nodes, seed, never_two)
+    world.run(4 * SECOND + world.random.randint(0, 100) * MS)
+    (victim,) = world.answering(ADDRESSES[0])
+    world.kill(victim)
+    world.run(SECOND)
+    for address in ADDRESSES:
+        assert world.answering(address) == [winner(set(world.names) - {victim}, address)]
+
+
+@settings(max_examples=10)
+@given(st.integers(2, 4), st.integers(0, 1 << 32))
+def test_while_nothing_fails_nothing_moves_and_nothing_is_interrupted(nodes, seed):
+    world = World(nodes, seed)
+    world.run(4 * SECOND)
+
+    def all_answer(world: World) -> None:
+        for address in ADDRESSES:
+            assert world.answering(address) == [winner(world.names, address)]
+
+    world.rule = all_answer
+    world.run(20 * SECOND)

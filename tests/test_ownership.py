@@ -27,7 +27,7 @@ class Beats:
     others: list[int] = field(default_factory=list)
     convicted: bool = False
     runs: dict[str, int] = field(default_factory=lambda: {"other": 1})
-    timing: Timing = Timing()
+    timing: Timing = field(default_factory=Timing)
     pursued: set[str] = field(default_factory=set)
     asked: list[set[str]] = field(default_factory=list)
 
