@@ -277,6 +277,9 @@ def test_what_is_kept_is_bounded():
 def test_names_that_are_written_with_dots_become_bytes():
     assert to_wire(split("a.bc.")) == b"\x01a\x02bc\0"
     assert to_wire(split(".")) == b"\0"
+    assert len(to_wire(["a" * 63] * 3 + ["a" * 61])) == 255
+    with pytest.raises(ValueError, match="a name has at most 255 bytes"):
+        to_wire(["a" * 63] * 3 + ["a" * 62])
     for wrong in ("a..b", "a" * 64, ".".join(["a" * 63] * 4)):
         with pytest.raises(ValueError, match=r"a label has|a name has"):
             to_wire(split(wrong))

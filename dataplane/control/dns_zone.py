@@ -181,7 +181,7 @@ class Zone:
             return self._pods(rest[:-1], kind)
         if rest == ("ns", "dns"):
             assert self.settings is not None
-            return self._answer([Match("", self.settings.address, 0)], kind, b"")
+            return self._answer([Match("", self.settings.address, 0)], kind)
         if rest == ("dns-version",):
             text = bytes((len(VERSION),)) + VERSION.encode()
             version = Found(answers=(self._record(Type.TXT, text, VERSION_TTL),), why="the specification's version")
@@ -232,7 +232,7 @@ class Zone:
         if not matches:
             what = f"no such endpoint or port of service {service.id}" if below else f"{service.id} has none ready"
             return self._unknown(what)
-        return self._answer(matches, kind, to_wire(labels[len(below) :]))
+        return self._answer(matches, kind, labels[len(below) :])
 
     def _matches(self, service: Service, port: str = "", protocol: str = "") -> Iterator[Match]:
         """Yield what a service's own name stands for, if need be by one port only."""
@@ -277,13 +277,13 @@ class Zone:
         onward = split(name) if kind != Type.CNAME else ()
         return Found(answers=(record,), onward=onward, why=f"{service.id} is an ExternalName")
 
-    def _answer(self, matches: list[Match], kind: int, owner: bytes) -> Found:
+    def _answer(self, matches: list[Match], kind: int, name: tuple[str, ...] = ()) -> Found:
         """Answer with what of some matches is of this type.
 
         Args:
             matches: At least one.
             kind: The type.
-            owner: The service's name as bytes; the name that was asked ends with it.
+            name: The service's; the name that was asked ends with it.
         """
         if kind in (Type.A, Type.AAAA):
             found = dict.fromkeys(_address(match.address) for match in matches)
@@ -291,6 +291,7 @@ class Zone:
             return Found(answers=answers, why="found") if answers else self._nothing("no address of this family")
         if kind != Type.SRV:
             return self._nothing("no record of this type")
+        owner = to_wire(name)
         services: dict[bytes, None] = {}
         extras: dict[Record, None] = {}
         weight = max(1, 100 // len(matches))
@@ -328,7 +329,7 @@ class Zone:
             return self._unknown("a pod's name is its address with dashes")
         if mode == "verified" and not self.index.has_pod(namespace, address):
             return self._unknown(f"no pod with the address {address} in namespace {namespace}")
-        return self._answer([Match("", address, 0)], kind, b"")
+        return self._answer([Match("", address, 0)], kind)
 
     # --- addresses ---------------------------------------------------------------------------------------------------
 
