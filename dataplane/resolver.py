@@ -19,7 +19,7 @@ from dataplane.control.cluster import Cluster
 from dataplane.control.dns import BUCKETS, Forward, Responder, answer, judge, rcode_name
 from dataplane.control.dns_text import candidates, lines, read_name, read_type
 from dataplane.control.dns_upstream import finish
-from dataplane.control.dns_wire import TCP_MAX, Query, read_query, write_question
+from dataplane.control.dns_wire import TCP_MAX, Query, Type, read_query, write_question
 from dataplane.control.dns_zone import Found, Zone
 from dataplane.control.snapshot import endpoint_text
 from dataplane.control.snapshot_dns import OFF, Dns, DnsAnswer, DnsTry
@@ -31,6 +31,7 @@ from dataplane.node import Node
 _QUERY_MAX = 4096
 _AT_ONCE = 64  # queries until packets have their turn again: half a millisecond
 _CONNECTIONS, _FROM_ONE = 512, 64  # of all clients, and of one address
+_UNDER_WAY, _PIPELINED = 4096, 64  # names of others, by UDP in all and on one connection: more are not taken
 _IDLE_S = 10.0  # for the next query on a connection (RFC 7766 6.2.3)
 
 log = logging.getLogger(__name__)
@@ -188,6 +189,8 @@ class Resolver:
         verdict = judge(query, zone)
         reply = answer(query, zone, "tcp")
         why = verdict.why if isinstance(verdict, Found) else "no name of the cluster, and there are no upstreams"
+        if kind in (Type.AXFR, Type.IXFR):
+            why = "nobody gets the whole zone"
         if isinstance(reply, Forward):
             said, age = await self.upstreams.ask(reply.name, kind)
             reply = finish(reply, said, age)
@@ -209,8 +212,10 @@ class Resolver:
                 if isinstance(reply, bytes):
                     with suppress(OSError):  # whoever asked may have gone
                         udp.sendto(reply, client)
-                elif reply is not None:
+                elif reply is not None and len(self._tasks) < _UNDER_WAY:
                     self._spawn(self._forward(reply, partial(_send, udp, client)))
+                elif reply is not None:
+                    self.responder.dropped += 1  # its client asks again
         if count:
             self.responder.took((time.perf_counter() - began) / count, count)
 
@@ -265,6 +270,8 @@ class Resolver:
                     task = asyncio.ensure_future(self._forward(reply, partial(_write, writer)))
                     waiting.add(task)
                     task.add_done_callback(waiting.discard)
+                if len(waiting) >= _PIPELINED:
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 async with asyncio.timeout(_IDLE_S):
                     await writer.drain()
         finally:

@@ -142,6 +142,8 @@ async def test_questions_are_explained():
         assert [each["type"] for each in found["records"]] == ["CNAME", "A"]
         assert not made.responder.counters()[0]  # nobody has asked
     async with resolving() as (made, _):
+        found = await made.explain("cluster.local.", "AXFR", "testns")
+        assert (found["rcode"], found["why"]) == ("REFUSED", "nobody gets the whole zone")
         found = await made.explain("svc1", "AAAA", "testns")
         assert (found["name"], found["rcode"]) == (f"svc1.{DOMAIN}.", "NOERROR")
         assert found["why"] == "no address of this family"

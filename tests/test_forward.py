@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from dnslib import RR, A, DNSRecord
 
-from dataplane import forward
+from dataplane import forward, resolver
 from dataplane.forward import Upstreams, exchange
 from tests.dns_world import question, summary
 from tests.resolving import (
@@ -129,6 +129,28 @@ async def test_there_are_only_so_many_questions_at_once(monkeypatch, hurried):
         asked = (question(f"n{number}.example.com", number=number) for number in range(8))
         assert {summary(each) for each in await ask(place(node, "UDP"), *asked)} == {"SERVFAIL"}
         assert (len(server.asked), made.upstreams.refused) == (3, 5)
+
+
+@scenario
+async def test_questions_that_wait_are_bounded(monkeypatch, hurried):
+    monkeypatch.setattr(resolver, "_UNDER_WAY", 3)
+    async with serving(silent) as (server,), resolving(by(server)) as (made, node):
+        async with client(place(node, "UDP")) as asking:
+            for number in range(8):
+                asking.transport.sendto(question(OTHER, number=number))
+            numbers = {DNSRecord.parse(await asking.next()).header.id for _ in range(3)}
+            assert numbers == {0, 1, 2}
+        assert made.responder.dropped == 5
+        assert len(server.asked) == 1
+
+
+@scenario
+async def test_a_connection_is_read_on_when_there_are_answers(monkeypatch, hurried):
+    monkeypatch.setattr(resolver, "_PIPELINED", 2)
+    async with serving(silent) as (server,), resolving(by(server)) as (_, node):
+        asked = [question(f"n{number}.example.com", number=number) for number in range(5)]
+        assert {summary(each) for each in await ask_tcp(place(node, "TCP"), *asked)} == {"SERVFAIL"}
+        assert len(server.asked) == 5
 
 
 @scenario

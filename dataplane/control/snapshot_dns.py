@@ -26,7 +26,7 @@ class Dns(TypedDict):
     ``listening`` is where the cluster IP leads to. ``responses`` are counted by code. ``durations`` has the number of
     answers that took at most so many seconds as the bucket at the same place in ``buckets``, but longer than the one
     before; its last number is of those that took longer than all. ``refused`` questions were not asked of an upstream,
-    since too many others were under way; ``dropped`` messages were no questions.
+    since too many others were under way; ``dropped`` messages were no questions, or came while far too many were.
     """
 
     domain: str
