@@ -97,8 +97,10 @@ class Failover:
         """Begin, after the node has started."""
         state = self._node.wiring.state
         assert state is not None
-        if self._port:
+        if self._port and state.node.addresses:
             self._open_socket(str(state.node.addresses[0]))
+        else:
+            self._port = 0
         if self.own is not None:
             self._following = asyncio.ensure_future(self._follow_store())
         self._tick()
