@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _DATAGRAM = 1024
 _PER_TURN = 256  # datagrams that are read before packets have their turn again
+_TOGETHER = 60  # writes in a transaction: etcd takes 128 operations
 _FAREWELL_SECONDS = 0.5  # that a stopping node waits for others to take over
 _AGAIN_NS = 1_000_000_000
 _URGENT = 0xC0  # class selector 6 (RFC 4594): what keeps the network going
@@ -219,8 +220,9 @@ class Failover:
             self.own.elected = elected(replace(state, silent=self.beats.silent))
 
     def _own(self, own: Ownership, now: int) -> None:
-        for write in own.writes(now):
-            self._spawn(self._write(own, write))
+        writes = own.writes(now)
+        for first in range(0, len(writes), _TOGETHER):
+            self._spawn(self._write(own, writes[first : first + _TOGETHER]))
         if own.must_read(now) and not self._reading and self._claims is not None:
             self._reading = True
             self._spawn(self._read())
@@ -261,17 +263,23 @@ class Failover:
             self._claims = None
             await etcd.close()
 
-    async def _write(self, own: Ownership, write: Write) -> None:
+    async def _write(self, own: Ownership, writes: Sequence[Write]) -> None:
+        """Carry out writes together; if one of them cannot be, each alone."""
         from dataplane.control.etcd import EtcdError
 
         succeeded, revision = False, 0
         try:
             if self._claims is not None:
-                succeeded, revision = await self._claims.write(write)
+                succeeded, revision = await self._claims.write(writes)
+                if not succeeded and len(writes) > 1:
+                    for write in writes:
+                        await self._write(own, [write])
+                    return
         except EtcdError:
             own.failed(_now())
-        finally:
-            self._send(own.done(write, succeeded, revision, _now()))
+        now = _now()
+        for write in writes:
+            self._send(own.done(write, succeeded, revision, now))
         self._turn()
 
     async def _read(self) -> None:

@@ -109,6 +109,7 @@ class Ownership:
     _challenges: dict[Address, _Challenge] = field(default_factory=dict)
     _last: dict[Address, _Last] = field(default_factory=dict)
     _retry: dict[Address, int] = field(default_factory=dict)
+    _asked: tuple[str, int] = ("", 0)
     _until: int = 1
     _certain: int = 0
     _confirmed: int | None = None
@@ -169,7 +170,9 @@ class Ownership:
                 self._confirmed = max(write.began, self._confirmed or 0)
         elif claim.successor == self.name:
             self._challenges[write.address] = _Challenge(revision, now)
-            return self.beats.ask({claim.node}, now)
+            if self._asked != (claim.node, now):  # many addresses of one node are written together
+                self._asked = claim.node, now
+                return self.beats.ask({claim.node}, now)
         return []
 
     # --- what is to be done ------------------------------------------------------------------------------------------

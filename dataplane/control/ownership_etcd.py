@@ -9,12 +9,22 @@ not sure of its addresses.
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from ipaddress import ip_address
 from typing import Protocol
 
-from dataplane.control.etcd import CompactedError, Compare, Delete, Etcd, EtcdError, KeyValue, LeaseGoneError, Put
+from dataplane.control.etcd import (
+    CompactedError,
+    Compare,
+    Delete,
+    Etcd,
+    EtcdError,
+    KeyValue,
+    LeaseGoneError,
+    Operation,
+    Put,
+)
 from dataplane.control.ownership import Claim, Write
 from dataplane.control.state import Address
 
@@ -157,18 +167,26 @@ class Claims:
             return None
         return address, Claim(node, successor, item.mod_revision, item.lease)
 
-    async def write(self, write: Write) -> tuple[bool, int]:
-        """Carry out a transaction; return whether it was done, and its revision.
+    async def write(self, writes: Sequence[Write]) -> tuple[bool, int]:
+        """Carry out all of these in one transaction, or none; return whether it was done, and its revision.
 
         Raises:
             EtcdError: Whether it was done is not known.
         """
-        key, claim = f"{self._owners}{write.address}", write.claim
-        value = {"node": claim.node, "successor": claim.successor} if claim is not None else {}
-        text = json.dumps({name: each for name, each in value.items() if each or name == "node"})
-        operation = Put(key, text, claim.lease) if claim is not None else Delete(key)
+        operations = [self._operation(write) for write in writes]
+        compares = [Compare(self._key(write), "mod_revision", write.revision) for write in writes]
         try:
-            done = await self._etcd.txn([Compare(key, "mod_revision", write.revision)], [operation])
+            done = await self._etcd.txn(compares, operations)
         except LeaseGoneError:
             return False, 0
         return done.succeeded, done.revision
+
+    def _key(self, write: Write) -> str:
+        return f"{self._owners}{write.address}"
+
+    def _operation(self, write: Write) -> Operation:
+        claim = write.claim
+        if claim is None:
+            return Delete(self._key(write))
+        value = {"node": claim.node} | ({"successor": claim.successor} if claim.successor else {})
+        return Put(self._key(write), json.dumps(value), claim.lease)
