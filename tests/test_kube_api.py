@@ -2,17 +2,14 @@
 
 import asyncio
 import json
-import socket
 import ssl
-from itertools import pairwise
-from typing import Any
 
 import pytest
 
-from dataplane.control import kube_api, kube_watch
+from dataplane.control import kube_watch
 from dataplane.control.kube_api import ApiError, AwayError, KubeApi, Resource
 from dataplane.control.kube_config import Access
-from dataplane.control.kube_watch import Backoff, Entry, ObjectError, Reflector, Shelf
+from dataplane.control.kube_watch import Backoff, ObjectError, Reflector, Shelf
 from tests.kube_items import drop, endpoints, eventually, node, put, service, serving
 from tests.kube_server import KubeServer, Request
 from tests.test_kube_config import pair  # noqa: F401 - a fixture
@@ -170,6 +167,30 @@ def test_a_server_that_restarts_is_found_again():
             await server.start()
             await eventually(lambda: watched.values["default/s0001"] == "10.96.9.9")
             await eventually(lambda: watched.reflector.link.connected)
+
+    asyncio.run(whole())
+
+
+def test_a_server_that_takes_its_time_to_be_away_is_away_all_the_same(monkeypatch):
+    monkeypatch.setattr(kube_watch, "SHORTEST_WATCH", 0.01)
+
+    class Unreachable:
+        def __init__(self, *_):
+            pass
+
+        async def __aenter__(self):
+            await asyncio.sleep(0.02)  # as connect(2) does, for some seconds, when nobody answers
+            raise AwayError("no answer in time")
+
+        async def __aexit__(self, *_):
+            raise AssertionError
+
+    async def whole():
+        async with serving(*many(1)) as server, Watched(server) as watched:
+            await eventually(lambda: server.watching)
+            monkeypatch.setattr(watched.api, "watch", Unreachable)
+            server.cut()
+            await eventually(lambda: watched.reflector.link.error == "no answer in time")
 
     asyncio.run(whole())
 
@@ -346,22 +367,6 @@ def test_a_broken_object_is_named_once_and_the_others_go_on(caplog):
     ]  # fmt: skip
 
 
-def test_an_object_whose_version_is_known_is_not_converted_again():
-    converted = []
-
-    def convert(item):
-        converted.append(item)
-        return item["spec"], ""
-
-    shelf = Shelf("things", convert, lambda *_: None)
-    item = {"metadata": {"name": "a", "resourceVersion": "7"}, "spec": {}}
-    shelf.put(*shelf.read(item))
-    key, entry = shelf.read(item)
-    assert (key, entry is shelf.entries["a"], len(converted)) == ("a", True, 1)
-    shelf.put(*shelf.read({"metadata": {"name": "a", "resourceVersion": "8"}, "spec": {}}))
-    assert shelf.entries["a"] == Entry("8", {})
-
-
 @pytest.mark.parametrize(
     "body",
     [b"", b"[]", b"{", b'{"items": []}', b'{"metadata": {}, "items": [1]}', b"\xff", b"[" * 100_000],
@@ -379,68 +384,6 @@ def test_an_answer_that_is_no_list_is_an_error_and_not_a_crash(monkeypatch, body
             assert not watched.task.done()
 
     asyncio.run(whole())
-
-
-@pytest.mark.parametrize(
-    "line",
-    [b"{", b"[]", b"1", b'{"type": "ERROR"}', b'{"type": "ERROR", "object": {"kind": "Status", "code": 500}}'],
-)
-def test_an_event_that_is_none_breaks_the_watch_off(line):
-    shelf: Shelf[str] = Shelf("things", spec_of, lambda *_: None)
-    reflector = Reflector(KubeApi(Access("http://127.0.0.1:1")), (SERVICES,), shelf)
-
-    async def lines():
-        yield line
-
-    with pytest.raises((ApiError, AwayError)):
-        asyncio.run(reflector._follow(lines()))
-
-
-@pytest.mark.parametrize("event", [{}, {"type": "NEW"}, {"type": "ADDED"}, {"type": "BOOKMARK"}, {"type": "DELETED"}])
-def test_an_event_without_an_object_changes_nothing(event):
-    shelf: Shelf[str] = Shelf("things", spec_of, lambda *_: None)
-    reflector = Reflector(KubeApi(Access("http://127.0.0.1:1")), (SERVICES,), shelf)
-
-    async def lines():
-        yield json.dumps(event).encode()
-
-    asyncio.run(reflector._follow(lines()))
-    assert shelf.entries == {}
-
-
-def test_an_event_without_an_end_is_not_collected_for_ever(monkeypatch):
-    monkeypatch.setattr(kube_api, "LONGEST_EVENT", 5000)
-
-    class Endless:
-        async def readany(self):
-            return b"x" * 1000
-
-    async def whole():
-        content: Any = Endless()
-        return [line async for line in kube_api._lines(content, asyncio.get_running_loop().time() + 20)]
-
-    with pytest.raises(AwayError, match="an event of more than 5000 bytes"):
-        asyncio.run(whole())
-
-
-def test_the_kernel_notices_a_server_that_has_vanished():
-    made = kube_api._probed_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1)))
-    with made:
-        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        idle, interval, probes = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
-        assert [made.getsockopt(socket.IPPROTO_TCP, each) for each in (idle, interval, probes)] == [15, 5, 3]
-
-
-def test_waiting_gets_longer_up_to_a_limit_and_is_never_the_same_for_all(monkeypatch):
-    monkeypatch.undo()
-    longest, shortest = Backoff(lambda: 1.0), Backoff(lambda: 0.0)
-    waits = [longest.failed() for _ in range(12)]
-    assert waits[:4] == [0.2, 0.4, 0.8, 1.6]
-    assert waits[-1] == 30.0
-    assert all(a <= b for a, b in pairwise(waits))
-    assert [shortest.failed() for _ in range(3)] == [0.1, 0.2, 0.4]
-    longest.succeeded()
-    assert longest.failed() == 0.2
 
 
 def test_a_servers_certificate_is_checked(pair):  # noqa: F811

@@ -345,16 +345,18 @@ class Reflector(Generic[T]):
         assert self._resource is not None
         asked = {**self._parameters, "resourceVersion": self._shelf.version, "allowWatchBookmarks": "true"}
         seconds = int(WATCH_SECONDS * (1 + random.random()))
-        began, version = time.monotonic(), self._shelf.version
+        version, began = self._shelf.version, None
         try:
             async with self._api.watch(self._resource.path(), asked, seconds) as lines:
+                began = time.monotonic()
                 self.link.set()
                 self._news()
                 await self._follow(lines)
         finally:
-            if time.monotonic() - began >= SHORTEST_WATCH:
+            lasted = began is not None and time.monotonic() - began >= SHORTEST_WATCH
+            if lasted:
                 self._backoff.succeeded()
-        if self._shelf.version == version and time.monotonic() - began < SHORTEST_WATCH:
+        if self._shelf.version == version and not lasted:
             raise AwayError("the watch ended at once")
 
     async def _follow(self, lines: AsyncIterator[bytes]) -> None:
