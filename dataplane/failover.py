@@ -76,6 +76,7 @@ class Failover:
         self._refreshing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._retry_at = 0
+        self._due = False
         self._leaving = False
         self._reading = False
         self._open = False
@@ -298,29 +299,39 @@ class Failover:
         """Take over all claims."""
         assert self.own is not None
         self.own.read(claims, revision, began, _now())
-        self._turn()
+        self._soon()
 
     def claim_changed(self, address: Address, claim: Claim | None, revision: int) -> None:
         """Take over one claim."""
         assert self.own is not None
         self.own.changed(address, claim, revision, _now())
-        self._turn()
+        self._soon()
 
     def members_changed(self, members: frozenset[str]) -> None:
         """Take over who is a member."""
         self._members, self._seen = members, None
-        self._turn()
+        self._soon()
 
     def lease_kept(self, lease: int, until: int) -> None:
         """Take over the node's lease."""
         assert self.own is not None
         self.own.lease, self.beats.strict_until = lease, until
-        self._turn()
+        self._soon()
 
     def store_failed(self) -> None:
         """Note that the store did not answer."""
         assert self.own is not None
         self.own.failed(_now())
+        self._soon()
+
+    def _soon(self) -> None:
+        """Decide when everything has been taken over that has come at once: a hundred claims make one decision."""
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._decide)
+
+    def _decide(self) -> None:
+        self._due = False
         self._turn()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

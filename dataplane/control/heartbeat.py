@@ -377,13 +377,11 @@ class Heartbeats:
         return now - peer.heard >= self.timing.silence_ns
 
     def _was_away(self, now: int) -> None:
-        """Begin to listen anew: what came meanwhile is still unread, and what was said is old."""
+        """Begin to listen anew: what came meanwhile is still unread."""
         for peer in self._peers.values():
             if peer.heard is not None:
                 peer.heard = now
             peer.known_at = now
-        self._votes.clear()
-        self._asked.clear()
 
     def _beats(self, now: int) -> list[Datagram]:
         self._number += 1
