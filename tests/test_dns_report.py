@@ -1,6 +1,7 @@
 """What the node says of cluster DNS: the table, the metrics, the questions of ``dataplane dns query``."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_node_without_dns_has_no_such_metrics():
 
 @scenario
 async def test_the_resolver_counts_what_it_does():
+    began = time.perf_counter()
     async with upstreams(good) as (server,), resolving(by(server)) as (made, node):
         assert node.names() == made.snapshot()
         await send(place(node, "UDP"), question(WEB), question(OTHER), question(OTHER))
@@ -76,6 +78,7 @@ async def test_the_resolver_counts_what_it_does():
         assert found["requests"] == [{"transport": "udp", "type": "A", "count": 3}]
         assert found["responses"] == {"NOERROR": 3}
         assert sum(found["durations"]) >= 3
+        assert 0 < found["duration_sum"] <= 4 * (time.perf_counter() - began)  # four answers, two of them together
         assert len(found["durations"]) == len(found["buckets"]) + 1
         assert [each["asked"] for each in found["upstreams"]] == [1]
         assert (found["services"], found["cache_entries"]) == (len(STATE.services) + 1, 1)

@@ -63,7 +63,7 @@ async def test_each_question_has_its_own_number_and_port():
 
 
 @scenario
-async def test_a_dead_server_is_left_for_the_next_and_asked_last(hurried):
+async def test_a_dead_server_is_left_for_the_next_and_asked_last(hurried, caplog):
     async with serving(silent, good) as (dead, alive), resolving(by(dead, alive)) as (made, node):
         for number in range(6):
             (found,) = await ask(place(node, "UDP"), question(f"n{number}.example.com"))
@@ -71,6 +71,9 @@ async def test_a_dead_server_is_left_for_the_next_and_asked_last(hurried):
         assert len(alive.asked) == 6
         assert len(dead.asked) == 1
         assert made.upstreams.servers.failures == {dead.place: 1, alive.place: 0}
+        address, port = dead.place
+        lines = [line for line in caplog.messages if "upstream" in line]
+        assert lines == [f"upstream does not answer server={address}:{port}: no answer in 0.2 s"]
 
 
 @scenario
