@@ -25,7 +25,7 @@ from dataplane.devices import journal
 from dataplane.devices.namespace import in_namespace, namespace_path
 from dataplane.lab_look import node_state
 from dataplane.lab_machine import NODES as NODE_RUN
-from dataplane.lab_machine import processes, start, take_away, wait_for
+from dataplane.lab_machine import identity, processes, start, take_away, wait_for
 
 FILE = """
 [cluster]
@@ -195,8 +195,7 @@ class World:
         """Yield the nodes and etcd."""
         for short in ("lan", *(node.name for node in self.plan.nodes)):
             with journal.opened(str(namespace_path(self.plan.netns(short)))) as handle:
-                status = os.fstat(handle.fd)
-                yield from processes(frozenset({(status.st_dev, status.st_ino)}))
+                yield from processes(frozenset({identity(handle.fd)}))
 
     def _stop_node(self) -> None:
         pid = self._pid()

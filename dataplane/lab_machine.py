@@ -210,9 +210,14 @@ def _identities(spaces: Iterable[journal.Namespace]) -> Iterator[frozenset[tuple
                 with suppress(NamespaceError):
                     handle = stack.enter_context(opened(space.path))
                     if space.cookie in (0, handle.cookie):
-                        status = os.fstat(handle.fd)
-                        found.add((status.st_dev, status.st_ino))
+                        found.add(identity(handle.fd))
         yield frozenset(found)
+
+
+def identity(namespace: Path | int) -> tuple[int, int]:
+    """Return what tells a namespace, given by a file or a descriptor, from all others that are there now."""
+    status = os.stat(namespace)
+    return status.st_dev, status.st_ino
 
 
 def processes(spaces: frozenset[tuple[int, int]]) -> Iterator[int]:
@@ -220,8 +225,7 @@ def processes(spaces: frozenset[tuple[int, int]]) -> Iterator[int]:
     for entry in _PROC.iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):
-                status = os.stat(entry / "ns/net")
-                if (status.st_dev, status.st_ino) in spaces:
+                if identity(entry / "ns/net") in spaces:
                     yield int(entry.name)
 
 

@@ -28,6 +28,7 @@ from dataplane.control import client
 from dataplane.control.snapshot import Kind
 from dataplane.devices.journal import process
 from dataplane.devices.namespace import DIRECTORY, delete_namespace
+from dataplane.lab_machine import identity, processes
 
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = Path(__file__).parent / "tools"
@@ -381,10 +382,11 @@ def _owner_lives(found: re.Match[str]) -> bool:
 
 def remove_all(prefix: str) -> None:
     """Kill what runs in the namespaces with this prefix, and remove them and the nodes' files."""
-    for path in DIRECTORY.glob(f"{prefix}*"):
-        for pid in run(["ip", "netns", "pids", path.name], check=False).split():
-            with suppress(ProcessLookupError, ValueError):
-                os.kill(int(pid), signal.SIGKILL)
+    paths = list(DIRECTORY.glob(f"{prefix}*"))
+    for pid in processes(frozenset(identity(path) for path in paths)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for path in paths:
         delete_namespace(path)
     for path in RUN.glob(f"{prefix}*"):
         path.unlink(missing_ok=True)

@@ -13,15 +13,16 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dataplane.devices.journal import claim
-from dataplane.devices.namespace import delete_namespace, open_namespace
+from dataplane.devices.namespace import DIRECTORY, delete_namespace, open_namespace
 from dataplane.lab_look import READY
-from dataplane.lab_machine import JOURNAL
+from dataplane.lab_machine import JOURNAL, identity, processes
 from tests.netns.harness import LABS, READY_TIMEOUT, ROOT, RUN, Network, Process, eventually, ip, left_over, run
 
 pytestmark = pytest.mark.netns
@@ -274,10 +275,11 @@ def test_what_was_killed_is_taken_away_by_down(small, victim):
         code, output = small.fail("status")
         assert (code, output.splitlines()[-1]) == (1, f"lab {small.name} is not whole")
     else:
-        for name in left_over(small.name):
-            for pid in run(["ip", "netns", "pids", Path(name).name], check=False).split():
-                if pid.isdigit():
-                    os.kill(int(pid), signal.SIGKILL)
+        spaces = frozenset(identity(path) for path in DIRECTORY.glob(f"{small.name}-*"))
+        assert len(spaces) == 8  # two nodes, four pods, the client, the LAN
+        for pid in processes(spaces):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     small.down()
 
 
