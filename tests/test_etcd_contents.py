@@ -136,6 +136,7 @@ BROKEN = [
     ("nodes/bad", {"addresses": ["nowhere"]}, "expected an IPv4 address (got 'nowhere')"),
     ("nodes/bad", {"podCIDR": ["10.0.0.1/8"]}, "10.0.0.1/8 has host bits set"),
     ("nodes/bad", {"podCIDR": ["0.0.0.0/0"]}, "podCIDR: expected a block of pods"),
+    ("nodes/bad", {"podCIDR": [5]}, "'5' does not appear to be"),
     ("nodes/bad", {"vtepMAC": "zz"}, "invalid literal"),
     ("nodes/bad", {"vtepMAC": "01:00:00:00:00:00"}, "vtepMAC: expected a unicast MAC"),
     ("nodes/bad", {"labels": []}, "labels: expected an object"),
@@ -189,6 +190,34 @@ def test_both_ways_to_read_an_endpoint_take_the_same(ip, node):
             return str(error)
 
     assert outcome() == outcome(weight=1)
+
+
+WORDS = st.sampled_from(
+    ["ip", "addresses", "podCIDR", "vtepMAC", "labels", "since", "ports", "port", "clusterIPs", "cidr"]
+)
+WORDS |= st.sampled_from(["allocations", "ordinal", "affinity", "number", "released", "services", "node", "type"])
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.just("10.0.0.1"),
+    st.just("10.0.0.0/26"),
+)
+JSON = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4))
+KEYS = ["nodes/a", "members/a", "blocks/10.0.0.0-26", "pods/a/b/c", "services/a/b", "endpoints/a/b/c", "pools/a"]
+
+
+@given(
+    st.sampled_from([*KEYS, "advertisements/a", "addresses/10.0.0.1", "addresses/x"]), JSON.map(json.dumps) | st.text()
+)
+def test_no_value_of_any_key_does_any_harm(key, text):
+    store = Store()
+    store.put(key, text)
+    assert store.cluster.revision == 1
+    store.delete(key)
+    assert (store.cluster.services, store.cluster.nodes) == ((), {})
 
 
 # --- contests --------------------------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def _node(text: str) -> StoredNode:
     if not isinstance(labels, dict):
         raise ObjectError("labels: expected an object")
     try:
-        cidrs = tuple(ip_network(cidr) for cidr in values.get("podCIDR", ()))
+        cidrs = tuple(ip_network(str(cidr)) for cidr in values.get("podCIDR", ()))
         mac = int(str(values.get("vtepMAC", "0")).replace(":", ""), 16)
     except (ValueError, TypeError) as error:
         raise ObjectError(str(error)) from None
