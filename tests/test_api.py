@@ -19,7 +19,8 @@ from dataplane.control.api import ListenError, MissingError
 from dataplane.control.query import Query
 from dataplane.control.snapshot import KINDS, LIST_KINDS
 from dataplane.verdict import Reason
-from tests.fake_node import FakeListing, FakeNode, listings, route, serving, snapshots
+from tests.fake_node import FakeListing, FakeNode, listings, serving, snapshots
+from tests.fake_rows import route
 
 
 @pytest.fixture
