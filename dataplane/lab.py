@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ def up(plan: Plan, say: Say) -> None:
     """
     if plan.state == "etcd" and shutil.which("etcd") is None:
         raise LabError('cluster.state = "etcd" needs the program etcd: apt-get install etcd-server')
+    if shutil.which("nsenter") is None:
+        raise LabError("a lab needs the program nsenter: apt-get install util-linux")
     _make_room(plan, say)
     plan.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -99,7 +102,7 @@ def _run(plan: Plan, say: Say) -> None:
             _asked(client.set_service, plan.socket(first.name), _namespace(service), service["name"], keys)
     _start_servers(plan, say)
     for node in plan.nodes:
-        if not wait_for(lambda node=node: _is_complete(plan, node), _SECONDS):  # type: ignore[misc]
+        if not wait_for(partial(_is_complete, plan, node), _SECONDS):
             raise LabError(f"{node.name} does not know of all nodes and services:\n{_last_lines(plan.log(node.name))}")
     wait_for(lambda: _is_balanced(plan), _BALANCED_SECONDS)
 
@@ -129,28 +132,25 @@ def _start_nodes(plan: Plan, nodes: Sequence[LabNode], say: Say, seconds: float)
         command = [sys.executable, "-m", "dataplane", "run", "--config", str(file)]
         running.append((node, start(plan.netns(node.name), plan.log(node.name), command)))
     for node, program in running:
-        _wait_for_program(plan, node.name, program, lambda node=node: is_ready(plan, node), seconds, say)  # type: ignore[misc]
+        _wait_for_program(plan, node.name, program, partial(is_ready, plan, node), seconds, say)
         pods = sum(pod.node == node.name for pod in plan.pods)
-        say(f"{node.name}: ready after {time.monotonic() - began:.1f} s, {node.address}, {pods} pods")
+        say(f"{node.name}: ready after {time.monotonic() - began:.1f} s, {node.address}, {_count(pods)}")
 
 
 def _start_servers(plan: Plan, say: Say) -> None:
-    running = [
-        (
-            pod,
-            start(
-                plan.netns(pod.name),
-                plan.log(pod.name),
-                [sys.executable, "-m", "dataplane.lab_serve", f"{pod.name}@{pod.node}", str(pod.serve)],
-            ),
-        )
-        for pod in plan.pods
-        if pod.serve
-    ]
+    running = []
+    for pod in plan.pods:
+        if pod.serve:
+            command = [sys.executable, "-m", "dataplane.lab_serve", f"{pod.name}@{pod.node}", str(pod.serve)]
+            running.append((pod, start(plan.netns(pod.name), plan.log(pod.name), command)))
     for pod, program in running:
-        _wait_for_program(plan, pod.name, program, lambda pod=pod: serves(plan, pod), _SECONDS, say)  # type: ignore[misc]
+        _wait_for_program(plan, pod.name, program, partial(serves, plan, pod), _SECONDS, say)
     if running:
-        say(f"{len(running)} pods: their servers listen")
+        say(f"{_count(len(running))}: serving")
+
+
+def _count(pods: int) -> str:
+    return f"{pods} pod{'' if pods == 1 else 's'}"
 
 
 def _start_etcd(plan: Plan) -> None:
