@@ -71,6 +71,7 @@ class EtcdSource:
         self._edits = Edits(self.etcd, self.prefix, objects)
         self._since = time.time()
         self._replaced = False
+        self._member_since = 0  # the revision
         self._revision = 0  # of the contents
         self._shown = 0  # of what was handed out last
         self._taking = False
@@ -126,7 +127,7 @@ class EtcdSource:
         known = await self.etcd.get(record.key)
         if known is None or known.value != record.value:
             puts.append(record)
-        await self.etcd.txn([], puts)
+        self._member_since = (await self.etcd.txn([], puts)).revision
         self.lease = lease
 
     async def leave(self) -> None:
@@ -224,17 +225,22 @@ class EtcdSource:
             await asyncio.sleep(self._ttl / 3)
 
     def _member_seen(self, item: KeyValue) -> None:
-        """Find out whether another process is this node now."""
+        """Find out whether another process is this node now, or somebody has deleted its key."""
         if item.key.removeprefix(f"{self.prefix}/members/") != self._node:
             return
         ours = item.lease == self.lease or f'"since": {self._since}' in item.value
-        if not item.deleted and self.lease and not ours:
+        if item.deleted:
+            if item.mod_revision > self._member_since:
+                self.lease = 0
+        elif self.lease and not ours:
             self._replaced, self.lease = True, 0
             log.error("another process is node %s now; this one is no member any more: %s", self._node, item.value)
 
     async def _publish(self) -> None:
-        while not self._replaced:
+        while True:
             await self._published.wanted()
+            if self._replaced:
+                return
             try:
                 while operations := self._published.missing():
                     await self.etcd.txn([], operations)
