@@ -46,7 +46,8 @@ def lab() -> None:
 def up_(file: Path | None, name: str | None) -> None:
     """Set up a lab, and return when all of it is ready.
 
-    The FILE is a cluster.toml; without one it is a built-in example. The lab goes on running until "dataplane lab down". What a crash has left of a lab with this name is taken away first.
+    The FILE is a cluster.toml; without one it is a built-in example. The lab goes on running until "dataplane lab down".
+    What a crash has left of a lab with this name is taken away first.
     """
     from dataplane import config, lab, lab_file, lab_look
 
@@ -90,7 +91,8 @@ def status_(output: str, name: str | None) -> None:
 def exec_(name: str | None, place: str, command: tuple[str, ...]) -> NoReturn:
     """Run a COMMAND in a node, a pod, "client" or "lan".
 
-    Without a COMMAND it is a shell. Its exit status is passed on. In a node "dataplane" talks to that node; in a pod names are looked up in cluster DNS.
+    Without a COMMAND it is a shell. Its exit status is passed on. In a node "dataplane" talks to that node; in a pod
+    names are looked up in cluster DNS.
 
     \b
     Examples:

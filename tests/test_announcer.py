@@ -98,6 +98,7 @@ def test_another_mac_is_told_to_everybody_at_once():
 def test_what_may_have_moved_is_not_announced_and_the_nodes_own_address_is():
     is_owner = [False]
     announcer = Announcer(MAC, lambda now: is_owner[0])
+    assert OWNING.uplink is not None
     own = replace(OWNING, uplink=replace(OWNING.uplink, shared=False))
     own_address = {str(address) for address in OWNING.node.addresses}
     assert {Ether(frame)[ARP].psrc for frame in announcer.update(own, 0)} == own_address

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def pair():
         remove_namespace(handle)
 
 
-def links(handle) -> dict[str, dict]:
+def links(handle) -> dict[str, dict[str, Any]]:
     output = subprocess.run(
         ["ip", "-n", handle.path.name, "-json", "-details", "link"], check=True, capture_output=True
     ).stdout

@@ -46,8 +46,8 @@ def main(address: str, count: int, names: list[str]) -> None:
             if waiting and not ready:
                 break
             for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)
                 each = key.fileobj
-                assert isinstance(each, socket.socket)
                 reply, sent = each.recv(65535), waiting[each]
                 good = reply[:2] == sent[:2] and reply[12 : len(sent)] == sent[12:]
                 wrong += not good
