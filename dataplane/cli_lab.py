@@ -46,8 +46,8 @@ def lab() -> None:
 def up_(file: Path | None, name: str | None) -> None:
     """Set up a lab, and return when all of it is ready.
 
-    The FILE is a cluster.toml; without one it is a built-in example. The lab goes on running until "dataplane lab down".
-    What a crash has left of a lab with this name is taken away first.
+    The FILE is a cluster.toml; without one it is a built-in example. The lab goes on running until "dataplane lab
+    down". What a crash has left of a lab with this name is taken away first.
     """
     from dataplane import config, lab, lab_file, lab_look
 
