@@ -101,14 +101,12 @@ class Failover:
         assert state is not None
         if self._port and state.node.addresses:
             self._open_socket(str(state.node.addresses[0]))
-        else:
-            self._port = 0
         if self.own is not None:
             self._following = asyncio.ensure_future(self._follow_store())
         self._tick()
 
     def _open_socket(self, address: str) -> None:
-        """Without a socket nobody is silent, and nobody promises: nodes fail over when their leases end."""
+        """Without a socket nobody promises this node anything: it answers only for what a store confirms all the time."""
         made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             made.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _URGENT)
@@ -116,7 +114,6 @@ class Failover:
         except OSError as error:
             made.close()
             log.error("no heartbeats: udp %s:%d: %s", address, self._port, os.strerror(error.errno or 0))
-            self._port = 0
             return
         self._socket = made
         asyncio.get_running_loop().add_reader(made.fileno(), self._readable)

@@ -1,30 +1,19 @@
-"""Who answers for an address, whatever is stopped, killed or cut off: explored in simulated time (failover_world)."""
+"""Who answers for an address, whatever is stopped, killed or cut off: explored in simulated time (failover_world).
 
-from typing import Any
+The stories are made by a generator with a seed and not by hypothesis, whose short ones hardly ever do harm: of the
+40, eight show a successor that does not wait, and fifteen a fence that never closes.
+"""
 
-from hypothesis import HealthCheck, given, settings
+import random
+
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane.control.election import winner
 from tests.failover_world import ADDRESSES, MS, SECOND, World
 
-NODES = ("n1", "n2", "n3", "n4")
-ONE = st.sampled_from(NODES)
-SOME = st.lists(ONE, unique=True, max_size=3).map(tuple)
-PAUSE = st.one_of(st.integers(1, 700), st.integers(1, 12_000)).map(lambda milliseconds: milliseconds * MS)
-ACTION = st.one_of(
-    st.tuples(st.just("stop"), ONE),
-    st.tuples(st.just("go_on"), ONE),
-    st.tuples(st.just("kill"), ONE),
-    st.tuples(st.just("start"), ONE),
-    st.tuples(st.just("part"), ONE, SOME),
-    st.tuples(st.just("deafen"), ONE, ONE),
-    st.tuples(st.just("lose_store"), ONE),
-    st.tuples(st.just("find_store"), ONE),
-    st.tuples(st.just("hurry"), st.sampled_from([1, 10, 80])),
-    st.tuples(st.just("heal")),
-)
-PLOT = st.lists(st.tuples(ACTION, PAUSE), max_size=30)
+WHAT = "stop go_on go_on kill start start part deafen lose_store find_store slow heal".split()
 
 
 def never_two(world: World) -> None:
@@ -34,21 +23,29 @@ def never_two(world: World) -> None:
         assert len(who) <= 1, f"{world.now / SECOND:.3f} {address} {who}"
 
 
-def play(world: World, plot: list[tuple[Any, int]]) -> None:
-    for (what, *details), pause in plot:
-        if what == "hurry":
-            world.slow = details[0]
-        elif all(detail in world.names for detail in details if isinstance(detail, str)):
-            getattr(world, what)(*details)
-        world.run(pause)
+def tell(world: World, dice: random.Random) -> None:
+    """Have something happen to some node, and let some time go by."""
+    what, name = dice.choice(WHAT), dice.choice(world.names)
+    if what == "part":
+        world.part(name, tuple(dice.sample(world.names, dice.randint(0, len(world.names)))))
+    elif what == "deafen":
+        world.deafen(name, dice.choice(world.names))
+    elif what == "slow":
+        world.slow = dice.choice([1, 10, 80])
+    elif what == "heal":
+        world.heal()
+    else:
+        getattr(world, what)(name)
+    world.run(dice.choice([dice.randint(1, 700), dice.randint(1, 6000)]) * MS)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(2, 4), st.integers(0, 1 << 32), PLOT)
-def test_never_two_nodes_answer_and_in_the_end_one_does(nodes, seed, plot):
-    world = World(nodes, seed, never_two)
+@pytest.mark.parametrize("seed", range(40))
+def test_never_two_nodes_answer_and_in_the_end_one_does(seed):
+    dice = random.Random(seed)
+    world = World(dice.randint(2, 4), seed, never_two)
     world.run(3 * SECOND)
-    play(world, plot)
+    for _ in range(dice.randint(5, 25)):
+        tell(world, dice)
     world.heal()
     world.run(12 * SECOND)
     for address in ADDRESSES:
