@@ -106,7 +106,7 @@ class Failover:
         self._tick()
 
     def _open_socket(self, address: str) -> None:
-        """Without a socket nobody promises this node anything: it answers only for what a store confirms all the time."""
+        """Without a socket nobody promises this node anything: it answers only for what a store confirms each time."""
         made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             made.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _URGENT)
