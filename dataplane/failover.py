@@ -120,6 +120,8 @@ class Failover:
 
     async def stop(self) -> None:
         """Give up what this node owns, wait a moment until others have it, and be silent."""
+        if self._timer is None:
+            return  # it has not begun
         self._leaving = True
         self._set_fence(1)
         if self.own is not None:
@@ -131,8 +133,7 @@ class Failover:
         for _ in range(2):  # it may be lost; and packets that come by the old way are still forwarded meanwhile
             self._send(self.beats.leave())
             await asyncio.sleep(self.beats.timing.interval_ns / 1e9)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         for task in (self._following, *self._tasks):
             if task is not None:
                 task.cancel()
