@@ -141,7 +141,8 @@ def _start_servers(plan: Plan, say: Say) -> None:
     running = []
     for pod in plan.pods:
         if pod.serve:
-            command = [sys.executable, "-m", "dataplane.lab_serve", f"{pod.name}@{pod.node}", str(pod.serve)]
+            words = (f"{pod.name}@{pod.node}", str(pod.serve), plan.name)
+            command = [sys.executable, "-m", "dataplane.lab_serve", *words]
             running.append((pod, start(plan.netns(pod.name), plan.log(pod.name), command)))
     for pod, program in running:
         _wait_for_program(plan, pod.name, program, partial(serves, plan, pod), _SECONDS, say)
