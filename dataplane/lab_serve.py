@@ -1,6 +1,6 @@
 """The HTTP server of a lab's pod: says who answers whom. Standard library only, one process per pod.
 
-python -m dataplane.lab_serve web-0@node1 8080
+Called as ``python -m dataplane.lab_serve web-0@node1 8080 [LAB]``; the last word is for whoever reads ps(1).
 """
 
 import asyncio
