@@ -17,7 +17,7 @@ _POOLS, _ADVERTISEMENTS = ("loadBalancer", "ipAddressPools"), ("loadBalancer", "
 def check_cluster(file: File) -> Iterator[Problem]:
     """Yield the problems of the sections that nodes share."""
     assert isinstance(file, ClusterFile)
-    yield from _pools(file)
+    yield from _pools(file) if file.state.source == "static" else _stored(file)
     if "dns" in file.model_fields_set:
         yield from check_dns(file)
     yield from _heartbeats(file)
@@ -34,6 +34,19 @@ def _heartbeats(file: ClusterFile) -> Iterator[Problem]:
     if not _SHORTEST <= interval <= _LONGEST:
         text = f"expected {_SHORTEST * 1000:.0f}ms to {_LONGEST:.0f}s (got {interval:g}s)"
         yield Problem(("cluster", "heartbeatInterval"), text)
+
+
+def _stored(file: ClusterFile) -> Iterator[Problem]:
+    """All nodes have the same pools where there is a store: nobody looks for them in a node's file."""
+    etcd = file.state.etcd.prefix.rstrip("/")
+    places = {
+        "etcd": (f"keys {etcd}/pools/NAME", f"keys {etcd}/advertisements/NAME"),
+        "kubernetes": ("objects of kind IPAddressPool", "objects of kind L2Advertisement"),
+    }[file.state.source]
+    given = (file.load_balancer.ip_address_pools, file.load_balancer.l2_advertisements)
+    for at, sections, place in zip((_POOLS, _ADVERTISEMENTS), given, places, strict=True):
+        if sections:
+            yield Problem(at, f'with state.source = "{file.state.source}" these are {place}', ("state.source",))
 
 
 def _others(file: ClusterFile) -> Iterator[tuple[str, Address, Address]]:
@@ -71,5 +84,5 @@ def _pools(file: ClusterFile) -> Iterator[Problem]:
     names = {pool.name for _, pool in pools}
     for at, advertisement in each(_ADVERTISEMENTS, file.load_balancer.l2_advertisements):
         for path, name in each((*at, "ipAddressPools"), advertisement.ip_address_pools):
-            if name not in names and file.state.source == "static":
+            if name not in names:
                 yield Problem(path, f"no such pool (got {name})", ("loadBalancer.ipAddressPools",))

@@ -109,3 +109,19 @@ WRONG = [
 def test_what_is_wrong_with_pools_is_said_with_its_key(old, new, expected):
     assert any(line.split(": ", 1)[1].startswith(expected) for line in errors(NODE + POOL.replace(old, new)))
     assert errors(NODE + POOL) == []
+
+
+@pytest.mark.parametrize(
+    ("store", "pools", "advertisements"),
+    [
+        ('"etcd"\netcd.prefix = "/x"', "keys /x/pools/NAME", "keys /x/advertisements/NAME"),
+        ('"kubernetes"', "objects of kind IPAddressPool", "objects of kind L2Advertisement"),
+    ],
+)
+def test_pools_are_the_stores_where_there_is_one(store, pools, advertisements):
+    found = errors(f"{NODE}{POOL}[[loadBalancer.l2Advertisements]]\n[state]\nsource = {store}")
+    source = store.split("\n")[0]
+    assert [line.split(": ", 1)[1] for line in found] == [
+        f"loadBalancer.ipAddressPools: with state.source = {source} these are {pools}",
+        f"loadBalancer.l2Advertisements: with state.source = {source} these are {advertisements}",
+    ]
