@@ -121,6 +121,7 @@ def _of_a_node(layout: "_Layout") -> Iterator[Problem]:
     """Yield what the first node's file would be refused for, at the keys that it is made from."""
     node = layout.node_values(1)
     layout.share(node)
+    node.pop("state", None)  # what etcd would be told is checked as a file's
     file, problems = config.shape(node)
     assert file is not None, problems  # the lab's models are the node's
     for problem in (*problems, *check(file, node)):
