@@ -23,9 +23,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# Two of them come with daemons, which Debian starts: those that were not here before are stopped again.
 tools:
-	@dpkg -s $(TOOLS) >/dev/null 2>&1 || { apt-get update -qq && \
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TOOLS) >/dev/null; }
+	@dpkg -s $(TOOLS) >/dev/null 2>&1 || { \
+	fresh=$$(for unit in etcd containerd; do [ -e /lib/systemd/system/$$unit.service ] || echo $$unit; done); \
+	apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TOOLS) >/dev/null && \
+	{ [ -z "$$fresh" ] || [ ! -d /run/systemd/system ] || systemctl disable --quiet --now $$fresh; }; }
 
 run: venv
 	$(BIN)/dataplane run --config $(CONFIG)
