@@ -61,8 +61,10 @@ def up_(file: Path | None, name: str | None) -> None:
     click.echo()
     print_table(lab_look.table(found))
     click.echo("\nTry:")
-    for line in lab_look.lines_to_try(plan, found, _program()):
-        click.echo(f"  {line}")
+    lines = [line.partition("   # ") for line in lab_look.lines_to_try(plan, found, _program())]
+    width = max(len(command) for command, *_ in lines)
+    for command, mark, comment in lines:
+        click.echo(f"  {command:<{width}}{mark}{comment}".rstrip())
 
 
 @lab.command("status")
@@ -81,7 +83,8 @@ def status_(output: str, name: str | None) -> None:
         raise click.exceptions.Exit(0 if found["ready"] else 1)
     print_table(lab_look.table(found))
     if not found["ready"]:
-        fail(f"lab {found['name']} is not whole", 1)
+        dead = ", ".join(each["name"] for each in found["nodes"] if each["state"] != "ready")
+        fail(f"not all of it is ready{': ' * bool(dead)}{dead}", 1)
 
 
 @lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -55,6 +55,6 @@ def _with_service(pods: tuple[Pod, ...], services: tuple[Service, ...], inside: 
         if here and port is not None and service.cluster_ips:
             serve = f"python3 -m http.server {port.target_port}"
             yield f"for pod in {' '.join(here)}; do ip netns exec $pod {serve} & done"
-            yield f"{inside} curl -s http://{service.cluster_ips[0]}:{port.port}"
+            yield f"{inside} curl -sS --retry 5 --retry-connrefused http://{service.cluster_ips[0]}:{port.port}"
             yield f"{program} show services"
             return

@@ -215,7 +215,7 @@ def dns(snapshot: Dns) -> View:
         return View(columns, (), ("the node answers no names",))
     asked = ((f"{row['type']} by {row['transport']}", row["count"]) for row in snapshot["requests"])
     rows = as_rows([*asked, *sorted(snapshot["responses"].items())])
-    notes = [f"{snapshot['domain']} at {snapshot['address']}, {snapshot['services']} services"]
+    notes = [f"{snapshot['domain']} at {snapshot['address']}, services: {snapshot['services']}"]
     for each in snapshot["upstreams"]:
         how = "does not answer" if each["aloof"] else "answers"
         notes.append(f"upstream {each['server']} {how}, asked {each['asked']}, failures {each['failures']}")
