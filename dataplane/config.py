@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic import PlainValidator, ValidationError
 from pydantic.fields import FieldInfo
@@ -42,6 +42,8 @@ _KINDS = {
     "model_type": "a table",
     "model_attributes_type": "a table",
 }
+
+_TYPES: dict[Any, str] = {bool: "true or false", int: "a number", str: "a string"}
 
 Model = TypeVar("Model", bound=Section)
 
@@ -410,7 +412,15 @@ def _expected(path: KeyPath, whole: type[Section]) -> str:
     for note in items:
         if isinstance(note, PlainValidator) and isinstance(note.func, Expect):
             return f"a list, each {note.func.expected}"
-    raise AssertionError(path)
+    return _expected_of_type(field.annotation)
+
+
+def _expected_of_type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(_quote(value) for value in get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "a table"
+    return _TYPES.get(annotation, "a value")
 
 
 def _model(values: dict[str, Any]) -> type[File]:

@@ -102,6 +102,11 @@ WRONG = [
         '220"]\n[[loadBalancer.l2Advertisements]]\npreferredNodeSelectors = [{ weight = 101, preference = {} }]',
         "loadBalancer.l2Advertisements[0].preferredNodeSelectors[0].weight: expected a number from 1 to 100",
     ),
+    (
+        '220"]',
+        '220"]\n[[loadBalancer.l2Advertisements]]\npreferredNodeSelectors = [{ weight = 3 }]',
+        "loadBalancer.l2Advertisements[0].preferredNodeSelectors[0].preference: missing; expected a table",
+    ),
 ]  # fmt: skip
 
 

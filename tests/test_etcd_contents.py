@@ -146,6 +146,13 @@ BROKEN = [
     ("pools/bad", {"addresses": ["no"]}, "expected a prefix or a range"),
     ("pools/bad", {"addresses": []}, "expected at least one range"),
     ("advertisements/bad", {"pools": []}, "unknown key"),
+    ("advertisements/bad", {"preferredNodeSelectors": [{"weight": 1}]}, "preference: missing; expected a table"),
+    ("advertisements/bad", {"nodeSelectors": [{"matchExpressions": [{"key": "a"}]}]}, '"In" or "NotIn" or "Exists"'),
+    (
+        "pools/bad",
+        {"serviceAllocation": {"serviceSelectors": [{"matchExpressions": [{}]}]}},
+        "missing; expected a string",
+    ),
 ]
 
 
@@ -162,6 +169,20 @@ def test_a_broken_object_is_skipped_with_one_line_that_names_its_key(store, capl
     assert (after.nodes, after.pods, after.pools, after.advertisements) == (
         (before.nodes, before.pods, before.pools, before.advertisements)
     )
+
+
+def test_a_bug_in_reading_one_key_is_that_keys_alone(store, caplog, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("the models disagree")
+
+    monkeypatch.setattr(FileObjects, "advertisement", fail)
+    store.put("advertisements/x", {})
+    store.put("advertisements/x", {})
+    store.put("services/default/web", WEB)
+    assert list(store.services()) == ["default/web"]
+    (line,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert f"{PREFIX}/advertisements/x: it cannot be read: AssertionError" in line.getMessage()
+    assert line.exc_info
 
 
 def test_an_object_that_breaks_is_gone_until_it_is_repaired(store, caplog):

@@ -154,17 +154,19 @@ class Contents:
         if taker is None:
             return
         depth, take = taker
-        why = ""
+        why, bug = "", None
         try:
             if len(names) != depth or not all(names):
                 raise ObjectError(f"expected {depth} names behind {kind}/")
             take(self, names, item)
         except ObjectError as error:
             why = str(error)
-            if len(names) == depth:
-                with suppress(ObjectError):
-                    take(self, names, item._replace(value="", version=0))
-        self._complain(item.key, why)
+        except Exception as error:  # every node reads this key: a bug in doing so must not stop them all
+            why, bug = f"it cannot be read: {error!r}", error
+        if why and len(names) == depth:
+            with suppress(ObjectError):
+                take(self, names, item._replace(value="", version=0))
+        self._complain(item.key, why, bug)
 
     def _service(self, names: list[str], item: KeyValue) -> None:
         namespace, name = names
@@ -271,13 +273,13 @@ class Contents:
     def _lost(self, key: str, why: str) -> None:
         self._complain(self._prefix + key, why)
 
-    def _complain(self, key: str, why: str) -> None:
+    def _complain(self, key: str, why: str, bug: Exception | None = None) -> None:
         """Say once what is wrong with a key; nothing is wrong with it when there is no text."""
         if not why:
             self._complaints.pop(key, None)
         elif self._complaints.get(key) != why:
             self._complaints[key] = why
-            log.error("etcd: skipped key=%s: %s", key, why)
+            log.error("etcd: skipped key=%s: %s", key, why, exc_info=bug)
 
 
 _TAKERS: dict[str, tuple[int, Callable[[Contents, list[str], KeyValue], None]]] = {
