@@ -343,6 +343,30 @@ def test_the_next_endpoint_is_asked_and_remembered(server):
     use([closed_port(), server.url], work)
 
 
+def test_two_calls_that_fail_at_once_turn_to_the_next_endpoint_once(server):
+    async def work(client: Etcd) -> None:
+        await asyncio.gather(client.put("/one", "x"), client.put("/other", "x"))
+        assert client.endpoint == server.url
+
+    use([closed_port(), server.url], work)
+
+
+def test_a_watch_asks_the_member_that_it_is_connected_to(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(etcd, "_SILENT_SECONDS", 0.05)
+    with EtcdServer(tmp_path) as own:
+
+        async def work(client: Etcd) -> None:
+            async with aclosing(client.watch("/", 1)) as watch:
+                await anext(watch)
+                client._turn(own.url)  # as a call does that failed there
+                own.pause()
+                with pytest.raises(UnavailableError, match=f"{own.url}: no answer in time"):
+                    await asyncio.wait_for(last(watch), 10)
+            assert client.endpoint == server.url
+
+        use([own.url, server.url], work, timeout=0.5)
+
+
 def test_a_hung_etcd_is_noticed_and_a_killed_one_comes_back(tmp_path, monkeypatch):
     monkeypatch.setattr(etcd, "_SILENT_SECONDS", 0.05)
     with EtcdServer(tmp_path) as own:
@@ -396,6 +420,14 @@ def test_somebody_else_at_the_port_is_an_error():
             await seen(client, "/", 1, 1)
 
     against(b"hi", work)
+
+
+def test_an_error_with_words_for_its_code_is_an_error():
+    async def work(client: Etcd) -> None:
+        with pytest.raises(EtcdError, match="go away"):
+            await client.get("/a")
+
+    against(b'{"error": "go away", "code": "PERMISSION_DENIED"}', work)
 
 
 def test_a_revision_in_fragments_is_one_and_the_header_is_not_believed_beyond_it():

@@ -14,8 +14,6 @@ Every call may raise, besides what is said of it:
 
 import asyncio
 import json
-import os
-import socket
 from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
@@ -25,10 +23,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import aiohttp
 
+from dataplane.control.transport import keepalive_socket, os_text
+
 PAGE = 1000  # keys per answer: to take one apart keeps the packets waiting for 5 ms
 _PAGE_TRIES = 3  # a compaction may fall between two pages
 _SILENT_SECONDS = 5.0  # then the watch's endpoint is asked whether it still is there
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 3), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))  # a dead peer: 9 s
 _READ_BUFFER = 1 << 18
 _UNAVAILABLE = frozenset({1, 2, 4, 14})  # gRPC: cancelled, unknown (a time-out inside etcd), deadline, unavailable
 _NOT_FOUND, _OUT_OF_RANGE = 5, 11
@@ -278,9 +277,10 @@ class Etcd:
         }
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=None)
         known, parts = start_revision - 1, list[KeyValue]()
+        endpoint = self.endpoint  # others may turn to the next one meanwhile
         try:
             request = self._session.post(
-                f"{self.endpoint}/v3/watch", json={"create_request": create}, timeout=timeout, headers=_HAS_LEADER
+                f"{endpoint}/v3/watch", json={"create_request": create}, timeout=timeout, headers=_HAS_LEADER
             )
             async with request as response:
                 if response.status != 200:
@@ -290,7 +290,7 @@ class Etcd:
                     try:
                         line = await lines.next()
                     except TimeoutError:
-                        await self._ask(self.endpoint, "kv/range", {"key": _encoded("\0")})
+                        await self._ask(endpoint, "kv/range", {"key": _encoded("\0")})
                         yield Events(known, ())
                         continue
                     message = _message(line)
@@ -306,9 +306,10 @@ class Etcd:
                     yield Events(known, tuple(parts))
                     parts = []
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._lost(error) from error
+            self._turn(endpoint)
+            raise UnavailableError(f"{endpoint}: {_reason(error)}") from error
         except UnavailableError:
-            self._turn()
+            self._turn(endpoint)
             raise
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ class Etcd:
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None:
             self._opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(socket_factory=_socket),
+                connector=aiohttp.TCPConnector(socket_factory=keepalive_socket),
                 timeout=aiohttp.ClientTimeout(total=self._timeout),
                 read_bufsize=_READ_BUFFER,
             )
@@ -325,18 +326,15 @@ class Etcd:
 
     async def _call(self, path: str, body: Mapping[str, Any], *, again: bool = False) -> Answer:
         """Ask one member after the other; unless ``again``, the next only when the request never left."""
-        for _ in self.endpoints[1:]:
+        for left in reversed(range(len(self.endpoints))):
+            endpoint = self.endpoint
             try:
-                return await self._ask(self.endpoint, path, body)
+                return await self._ask(endpoint, path, body)
             except UnavailableError as error:
-                self._turn()
-                if not again and not isinstance(error.__cause__, aiohttp.ClientConnectorError):
+                self._turn(endpoint)
+                if not left or (not again and not isinstance(error.__cause__, aiohttp.ClientConnectorError)):
                     raise
-        try:
-            return await self._ask(self.endpoint, path, body)
-        except UnavailableError:
-            self._turn()
-            raise
+        raise AssertionError("without endpoints")
 
     async def _ask(self, endpoint: str, path: str, body: Mapping[str, Any]) -> Answer:
         try:
@@ -349,13 +347,10 @@ class Etcd:
             raise _error(status, answer)
         return answer
 
-    def _lost(self, error: Exception) -> UnavailableError:
-        lost = UnavailableError(f"{self.endpoint}: {_reason(error)}")
-        self._turn()
-        return lost
-
-    def _turn(self) -> None:
-        self._at = (self._at + 1) % len(self.endpoints)
+    def _turn(self, failed: str) -> None:
+        """Ask the next endpoint from now on, unless another call that failed has turned already."""
+        if self.endpoint == failed:
+            self._at = (self._at + 1) % len(self.endpoints)
 
 
 # --- the wire's form --------------------------------------------------------------------------------------------------
@@ -467,7 +462,8 @@ def _parsed(content: bytes) -> Answer:
 def _error(status: int, answer: Answer) -> EtcdError:
     given = answer.get("error", "")
     details = given if isinstance(given, dict) else answer  # a stream's errors are objects
-    code = int(details.get("code") or details.get("grpc_code") or 0)
+    code = details.get("code") or details.get("grpc_code")
+    code = code if isinstance(code, int) else 0  # a proxy may have words
     text = str(details.get("message") or given or f"status {status}")
     if code == _OUT_OF_RANGE and "compacted" in text:
         return CompactedError(0)
@@ -483,17 +479,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError):
-        return os.strerror(error.os_error.errno).lower() if error.os_error.errno else str(error.os_error)
+        return os_text(error.os_error)
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError):
         return "the connection was cut"
     return str(error).lower() or type(error).__name__
-
-
-def _socket(address: tuple[Any, ...]) -> socket.socket:
-    """Make a socket that notices by itself when the other end is gone without a word."""
-    made = socket.socket(address[0], address[1], address[2])
-    made.setblocking(False)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        made.setsockopt(socket.IPPROTO_TCP, option, value)
-    return made

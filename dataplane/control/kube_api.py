@@ -9,7 +9,6 @@ times), and a watch that outlives the time that it asked for by ten seconds is g
 
 import asyncio
 import json
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dataplane import __version__
 from dataplane.control.kube_config import Access, Token
+from dataplane.control.transport import os_text
 
 if TYPE_CHECKING:
     import aiohttp
@@ -297,8 +297,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return str(error.certificate_error)
     if isinstance(error, aiohttp.ClientConnectorError):
-        number = error.os_error.errno
-        return os.strerror(number).lower() if number else str(error.os_error)
+        return os_text(error.os_error)
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | ConnectionError):
         return "the connection broke off"
     return str(error) or type(error).__name__
