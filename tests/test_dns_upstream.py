@@ -3,7 +3,7 @@
 from ipaddress import ip_address
 
 import pytest
-from dnslib import CNAME, QTYPE, RR, SOA, A, DNSRecord
+from dnslib import CNAME, NS, QTYPE, RR, SOA, A, DNSRecord
 
 from dataplane.control.dns import Forward
 from dataplane.control.dns_answer import read_answer
@@ -99,12 +99,22 @@ def test_no_answer_is_kept_for_long():
         (True, answer([], [soa()], rcode=3)),
         (True, answer([], [soa()])),
         (False, answer([], [], rcode=3)),
+        (False, answer([], [RR("example.com", QTYPE.NS, ttl=60, rdata=NS("ns.example.com"))])),
         (False, answer([address(0)])),
         (False, answer([address()], rcode=2)),
         (False, answer([address()], rcode=5)),
         (False, answer([address(data=f"203.0.113.{number}") for number in range(250)] * 2)),
     ],
-    ids=["no such name", "no data", "no such name, nobody says how long", "ttl 0", "failed", "refused", "long"],
+    ids=[
+        "no such name",
+        "no data",
+        "no such name, nobody says how long",
+        "a referral",
+        "ttl 0",
+        "failed",
+        "refused",
+        "long",
+    ],
 )
 def test_what_is_kept(kept, found):
     cache = Cache()
@@ -200,3 +210,11 @@ def test_an_external_name_with_many_addresses_is_cut_for_udp():
     assert DNSRecord.parse(data).header.tc == 1
     forward = forwarded("external.testns.svc.cluster.local", transport="tcp")
     assert len(DNSRecord.parse(finish(forward, whole, 0)).rr) == 101
+
+
+def test_what_is_cut_behind_a_cname_says_so():
+    whole = upstream([address(name="ext.interwebs.test")], name="ext.interwebs.test")
+    for message, cut in ((whole, 0), (whole[:2] + bytes((whole[2] | 2,)) + whole[3:], 1)):
+        found = read_answer(message, 99, EXT, 1)
+        data = finish(forwarded("external.testns.svc.cluster.local", transport="tcp"), found, 0)
+        assert DNSRecord.parse(data).header.tc == cut

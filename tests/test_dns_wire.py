@@ -352,7 +352,7 @@ def test_records_are_taken_out_with_all_their_names():
         RR("www.example.com", QTYPE.SRV, ttl=60, rdata=SRV(1, 2, 3, "srv.example.com")),
         RR("www.example.com", QTYPE.A, ttl=60, rdata=A("203.0.113.1")),
     ]
-    soa = RR("example.com", QTYPE.SOA, ttl=60, rdata=SOA("ns.example.com", "root.example.com", (1, 2, 3, 4, 5)))
+    soa = RR("example.com", QTYPE.SOA, ttl=60, rdata=SOA("ns.example.com", "root.example.com", (1, 2, 3, 4, 60)))
     answer = read(upstream(rows, [soa]))
     assert answer is not None
     found = [*records(answer, 10)]
@@ -362,6 +362,18 @@ def test_records_are_taken_out_with_all_their_names():
     assert found[2].data == b"\0\1\0\2\0\3\x03srv\x07example\x03com\0"
     assert found[4].data.startswith(b"\x02ns\x07example\x03com\0\x04root\x07example\x03com\0\0\0\0\1")
     assert (found[4].prefix, found[4].suffix) == (b"\x07example\x03com", 1)
+
+
+def test_that_there_is_nothing_is_true_as_long_as_the_soa_says():
+    for ttl, minimum, lifetime in ((900, 7, 7), (7, 900, 7)):
+        soa = RR(
+            "example.com", QTYPE.SOA, ttl=ttl, rdata=SOA("ns.example.com", "root.example.com", (1, 2, 3, 4, minimum))
+        )
+        answer = read(upstream([], [soa], rcode=3))
+        assert answer is not None
+        assert answer.lifetime == lifetime
+        assert DNSRecord.parse(adopt(parsed(question("www.example.com")), answer, 2, 512)).auth[0].ttl == lifetime - 2
+        assert [each.ttl for each in records(answer, 2)] == [lifetime - 2]
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,15 @@ from dataplane.control.dns_wire import (
 _NAMES = {Type.NS: (0, 1), Type.CNAME: (0, 1), Type.PTR: (0, 1), Type.MX: (2, 1), Type.SRV: (6, 1), Type.SOA: (0, 2)}
 """Types with names in RDATA that may be pointers: bytes before them, and how many there are (RFC 3597 4)."""
 
+_SOA_MIN = 22  # bytes of RDATA: two roots, five numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An upstream's message, whose parts have been found to be where they should.
 
     Attributes:
-        message: As it came.
+        message: As it came, but that an SOA lives no longer than what it says about (RFC 2308 5).
         flags: The header's second word.
         counts: Of answers, authorities and extras, without OPT and what follows that.
         start: Where the records begin.
@@ -58,9 +60,14 @@ class Answer:
 
     @property
     def lifetime(self) -> int:
-        """For how many seconds all of it is true; 0: it says nothing that could be kept."""
-        ttls = [RECORD.unpack_from(self.message, at)[2] for _, at in self.places]
-        return min(ttls, default=0) if self.counts[0] or self.counts[1] else 0
+        """For how many seconds all of it is true; 0: it says nothing that could be kept.
+
+        That there is nothing is only said by an SOA: without one it is a referral (RFC 2308 2.2).
+        """
+        told: list[tuple[int, int, int, int]] = [RECORD.unpack_from(self.message, at) for _, at in self.places]
+        if not self.counts[0] and all(kind != Type.SOA for kind, *_ in told[: self.counts[1]]):
+            return 0
+        return min(ttl for _, _, ttl, _ in told)
 
     @property
     def truncated(self) -> bool:
@@ -82,14 +89,14 @@ def read_answer(message: bytes, number: int, name: bytes, kind: int) -> Answer |
 
 
 def _records(message: bytes, flags: int, counts: list[int], start: int) -> Answer | None:
-    at, found = start, [0, 0, 0]
+    at, found, ttls = start, [0, 0, 0], {}
     places: list[tuple[int, int]] = []
     sections = [section for section in range(3) for _ in range(counts[section])]
     for section in sections:
         end = name_end(message, at)
         if end < 0 or end + RECORD.size > len(message):
             return None
-        kind, _, _, length = RECORD.unpack_from(message, end)
+        kind, _, ttl, length = RECORD.unpack_from(message, end)
         if kind == Type.OPT:
             if section < 2:
                 return None
@@ -98,8 +105,17 @@ def _records(message: bytes, flags: int, counts: list[int], start: int) -> Answe
         at = end + RECORD.size + length
         if at > len(message):
             return None
+        if kind == Type.SOA and section == 1 and length >= _SOA_MIN:
+            ttls[end + 4] = min(ttl, int.from_bytes(message[at - 4 : at]))  # MINIMUM comes last
         found[section] += 1
-    return Answer(message, flags, (found[0], found[1], found[2]), start, at, tuple(places))
+    return Answer(_with_ttls(message, ttls), flags, (found[0], found[1], found[2]), start, at, tuple(places))
+
+
+def _with_ttls(message: bytes, ttls: dict[int, int]) -> bytes:
+    changed = bytearray(message)
+    for at, ttl in ttls.items():
+        changed[at : at + 4] = ttl.to_bytes(4)
+    return bytes(changed)
 
 
 def adopt(query: Query, answer: Answer, age: int, limit: int) -> bytes:
@@ -126,11 +142,9 @@ def adopt(query: Query, answer: Answer, age: int, limit: int) -> bytes:
 def _aged(answer: Answer, age: int) -> bytes:
     if not age:
         return answer.message[answer.start : answer.end]
-    message = bytearray(answer.message)
-    for _, kind in answer.places:
-        at = kind + 4
-        message[at : at + 4] = max(0, int.from_bytes(message[at : at + 4]) - age).to_bytes(4)
-    return bytes(message[answer.start : answer.end])
+    places = [kind + 4 for _, kind in answer.places]
+    ttls = {at: max(0, int.from_bytes(answer.message[at : at + 4]) - age) for at in places}
+    return _with_ttls(answer.message, ttls)[answer.start : answer.end]
 
 
 def records(answer: Answer, age: int) -> Iterator[Record]:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from dataplane.control.dns import Forward
 from dataplane.control.dns_answer import Answer, adopt, records
-from dataplane.control.dns_wire import AA, RA, Rcode, Sections, write_reply
+from dataplane.control.dns_wire import AA, RA, TC, Rcode, Sections, write_reply
 from dataplane.control.state import Address
 
 Server: TypeAlias = tuple[Address, int]
@@ -127,7 +127,8 @@ def finish(forward: Forward, answer: Answer | None, age: int) -> bytes:
     answers, authorities = found[: answer.counts[0]], found[answer.counts[0] :]
     # Authorities are worth sending where they say that there is nothing; elsewhere they name servers.
     sections = Sections((*forward.chain, *answers), () if answers else authorities)
-    return write_reply(query, _rcode(answer), AA | RA, sections, limit)
+    flags = AA | RA | (TC if answer.truncated else 0)
+    return write_reply(query, _rcode(answer), flags, sections, limit)
 
 
 def _rcode(answer: Answer) -> Rcode:
