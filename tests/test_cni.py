@@ -250,10 +250,20 @@ def test_gc_reads_a_list_of_anything():
     assert collected([{"containerID": ["c1"], "ifname": {}}, {}]) == [ONE, TWO]
 
 
-@pytest.mark.parametrize("listed", [None, {}, [1], "c1"])
+def test_gc_takes_null_for_the_list_of_a_runtime_that_has_no_container_left():
+    assert collected(None) == [ONE, TWO]
+
+
+@pytest.mark.parametrize("listed", [{}, [1], "c1", "missing"])
 def test_gc_without_a_list_removes_nothing(listed):
     with pytest.raises(CniError) as caught:
         collected(listed)
+    assert caught.value.code == INVALID_CONFIG
+
+
+def test_gc_that_does_not_say_what_is_valid_removes_nothing():
+    with pytest.raises(CniError) as caught:
+        cni.stale(asked("GC"), {ONE.key: ONE})
     assert caught.value.code == INVALID_CONFIG
 
 

@@ -337,7 +337,9 @@ def stale(wanted: Request, attached: Mapping[Key, Attachment]) -> list[Attachmen
     Raises:
         CniError: There is no list.
     """
-    listed = wanted.config.get(ATTACHMENTS)
+    listed = wanted.config.get(ATTACHMENTS, "missing")
+    if listed is None:  # libcni writes a Go slice as it is: without a container it is nil
+        listed = []
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         raise CniError(INVALID_CONFIG, f"{ATTACHMENTS}: {listed!r}; expected a list of objects")
     valid = {(str(each.get("containerID")), str(each.get("ifname"))) for each in listed}
