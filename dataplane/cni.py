@@ -143,7 +143,7 @@ def find_socket(folder: str = RUN) -> str:
         CniError: There is none, or more than one.
     """
     try:
-        found = sorted(entry.path for entry in os.scandir(folder) if stat.S_ISSOCK(entry.stat().st_mode))
+        found = sorted(entry.path for entry in os.scandir(folder) if _is_socket(entry))
     except FileNotFoundError:
         found = []
     except OSError as error:
@@ -156,6 +156,13 @@ def find_socket(folder: str = RUN) -> str:
         names = ", ".join(found)
         raise CniError(INVALID_CONFIG, f"several nodes are running: {names}", 'the configuration needs "socket"')
     return found[0]
+
+
+def _is_socket(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISSOCK(entry.stat().st_mode)
+    except OSError:  # a link to nowhere, or gone meanwhile
+        return False
 
 
 def _listens(path: str) -> bool:

@@ -356,6 +356,8 @@ def test_without_a_socket_in_the_configuration_the_only_node_is_asked(tmp_path, 
     run.mkdir()
     assert code({"CNI_COMMAND": "STATUS"}, CONFIG) == cni.LIMITED_CONNECTIVITY
     (run / "node1.journal").write_text("")
+    (run / "dangling.sock").symlink_to(run / "nothing")
+    (run / "loop.sock").symlink_to(run / "loop.sock")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(run / "dead.sock"))
     with node(run / "b.sock"):
