@@ -202,8 +202,18 @@ class Attacher:
         return {}
 
     async def _collect(self, wanted: Request) -> dict[str, Any]:
-        await self._detach(cni.stale(wanted, self._attached))
+        # Together, so that they share a plan, and to the end, whatever becomes of the others.
+        given_up = (self._give_up(each) for each in cni.stale(wanted, self._attached))
+        for failure in await asyncio.gather(*given_up, return_exceptions=True):
+            if failure is not None:
+                raise failure
         return {}
+
+    async def _give_up(self, attachment: Attachment) -> None:
+        """Detach what is stale, unless it has gone, or its place was taken, by the time it is its turn."""
+        async with self._alone(attachment.key):
+            if self._attached.get(attachment.key) is attachment:
+                await self._detach([attachment])
 
     async def _detach(self, gone: list[Attachment]) -> None:
         if gone:
@@ -274,12 +284,16 @@ class Attacher:
             after |= {each.key: each for each in change.added}
         try:
             await asyncio.to_thread(self._save, after)
+            # Here, not by the plan: until that is refused, whoever else refreshes would be refused as well.
+            _require_apart(self._node.settings.state, after)
             self._attached = after
             errors = (await self._node.refresh())["errors"]
             if not errors:
                 return None
             stopping = self._node.stopping.is_set()
             failure: Exception = CniError(TRY_AGAIN_LATER if stopping else REFUSED, "; ".join(errors))
+        except ConfigError as error:
+            failure = CniError(REFUSED, "; ".join(error.errors))
         except OSError as error:
             failure = CniError(IO_FAILURE, f"{self._path}: {error.strerror}")
         except Exception as error:

@@ -366,6 +366,30 @@ def test_what_is_being_attached_is_not_taken_for_left_over(tmp_path):
     play(tmp_path, scene)
 
 
+def test_an_address_that_a_pod_of_the_file_has_is_refused_and_no_plan_is_made(tmp_path, caplog):
+    async def scene(world: World) -> None:
+        assert await world.code("ADD", runtimeConfig={"ips": ["10.244.1.5/32"]}) == REFUSED
+        assert world.node.refreshes == 0
+        world.assert_attached()
+
+    play(tmp_path, scene)
+    assert "Traceback" not in caplog.text
+
+
+def test_a_pod_of_the_file_that_comes_while_a_container_is_connected_refuses_it(tmp_path, caplog):
+    async def scene(world: World) -> None:
+        world.node.turn.clear()
+        adding = asyncio.ensure_future(world.code("ADD"))
+        await until(lambda: world.node.refreshes == 1)
+        world.node.settings = Settings(replace(STATE, pods=(replace(STATE.pods[0], name="c1"),)), cni=True)
+        world.node.turn.set()
+        assert await adding == REFUSED
+        world.assert_attached()
+
+    play(tmp_path, scene)
+    assert "Traceback" not in caplog.text
+
+
 # --- the next start --------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +460,24 @@ def test_gc_takes_what_is_not_listed_and_gives_back_its_addresses(tmp_path):
         listed: dict[str, Any] = {ATTACHMENTS: [{"containerID": "c2", "ifname": "eth0"}]}
         await world.call("GC", **listed)
         world.assert_attached("c2")
+
+    play(tmp_path, scene)
+
+
+def test_gc_spares_a_container_that_came_again_while_it_waited(tmp_path):
+    async def scene(world: World) -> None:
+        await world.call("ADD")
+        (key,) = world.attacher._attached
+        collecting: dict[str, Any] = {ATTACHMENTS: []}
+        async with world.attacher._alone(key):
+            waiting = asyncio.ensure_future(world.call("GC", **collecting))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            world.attacher._attached = {key: replace(world.attacher._attached[key])}  # as DEL and ADD leave it
+        await waiting
+        world.assert_attached("c1")
+        await world.call("GC", **collecting)
+        world.assert_attached()
 
     play(tmp_path, scene)
 
