@@ -47,14 +47,22 @@ def enter(plan: Plan, short: str) -> None:
 
 def _resolve(plan: Plan, namespace: str) -> None:
     """Give this process the resolv.conf that a kubelet gives a pod."""
-    file = plan.folder / f"resolv.{namespace}.conf"
-    searched = [f"{namespace}.svc.{plan.domain}", f"svc.{plan.domain}", plan.domain]
-    file.write_text(f"nameserver {plan.dns}\nsearch {' '.join(searched)}\noptions ndots:5\n")
+    file = write_resolv_conf(plan, namespace)
     _check(_libc.unshare(CLONE_NEWNS), "unshare mounts")
     _check(_libc.mount(None, b"/", None, MS_SLAVE | MS_REC, None), "keep mounts")
     with suppress(FileNotFoundError):  # a machine without the file has nobody who reads it
         target = RESOLV_CONF.resolve(strict=True)
         _check(_libc.mount(os.fsencode(file), os.fsencode(target), None, MS_BIND, None), "mount resolv.conf")
+
+
+def write_resolv_conf(plan: Plan, namespace: str) -> Path:
+    """Write the resolv.conf of a namespace's pods; a program that has an earlier one mounted keeps that as it is."""
+    file = plan.folder / f"resolv.{namespace}.conf"
+    draft = plan.folder / f"{file.name}.{os.getpid()}"
+    searched = [f"{namespace}.svc.{plan.domain}", f"svc.{plan.domain}", plan.domain]
+    draft.write_text(f"nameserver {plan.dns}\nsearch {' '.join(searched)}\noptions ndots:5\n")
+    os.replace(draft, file)
+    return file
 
 
 def _check(result: int, operation: str) -> None:

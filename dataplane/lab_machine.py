@@ -168,21 +168,35 @@ def take_away(folder: Path) -> list[str]:
         end(inner, _SERVERS_PATIENCE)
         end(outer, _NODES_PATIENCE)
         report = [line for node in nodes for line in _recover_node(node)]
-        report += _recover(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        folder.parent.rmdir()  # of the last lab
+        # Only the lab's journal leads to the nodes', so the next attempt needs it as long as one of theirs is there.
+        whole = not any(map(_is_owed, nodes))
+        own_report = _recover(path) if whole else []
+    if whole and not _resisted(own_report):
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()  # of the last lab
+    return _resisted(report + own_report)
+
+
+def _resisted(report: Iterable[str]) -> list[str]:
     return [line for line in report if line.startswith("could not")]
 
 
+def _is_owed(path: Path) -> bool:
+    """Whether a journal still names something, and no living process will undo it."""
+    owner, things = journal.contents(path)
+    return bool(things) and (owner is None or not owner.alive)
+
+
 def _recover_node(path: Path) -> list[str]:
-    """Undo what a node has left, and remove the files that are named after it."""
+    """Undo what a node has left, and remove the files that are named after it; what resisted keeps its journal."""
     try:
         report = journal.recover(path)
     except journal.AlreadyRunningError as error:
         return [f"could not undo what a node has made: {error}, elsewhere"]
     for left in path.parent.glob(f"{path.stem}.*"):
-        left.unlink(missing_ok=True)
+        if left != path:
+            left.unlink(missing_ok=True)
     return report
 
 

@@ -1,15 +1,23 @@
 """A lab's file and what is made of it, without making anything; and the server of its pods."""
 
 import asyncio
+import errno
+import os
+from contextlib import nullcontext
 from ipaddress import IPv4Network, ip_address
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataplane import config
+from dataplane import config, lab_machine
+from dataplane.devices import journal
+from dataplane.devices.namespace import NamespaceError
+from dataplane.lab_enter import write_resolv_conf
 from dataplane.lab_file import load, parse, toml
 from dataplane.lab_look import lines_to_try, table
+from dataplane.lab_machine import JOURNAL, is_there, take_away
 from dataplane.lab_plan import CLIENT, LAN, Plan
 from dataplane.lab_serve import response
 from tests.fake_node import dataplane
@@ -44,6 +52,54 @@ def errors(source: str) -> list[str]:
     except config.ConfigError as error:
         return [line.removeprefix(":") for line in error.errors]
     return []
+
+
+# --- taking away and entering ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resists", ["lab-node1", "pod"])
+def test_what_resists_stays_in_the_journals_and_the_next_down_takes_it_away(tmp_path, monkeypatch, resists):
+    spaces = tmp_path / "netns"
+    folder, nodes = tmp_path / "labs" / "lab", tmp_path / "nodes"
+    for path in (spaces, folder, nodes):
+        path.mkdir(parents=True)
+    monkeypatch.setattr(lab_machine, "NODES", nodes)
+    monkeypatch.setattr(lab_machine, "_identities", lambda spaces: nullcontext(frozenset()))
+    book, _ = journal.claim(folder / JOURNAL)
+    book.record(journal.Namespace(str(spaces / "lab-node1")))
+    book.hand_over()
+    book, _ = journal.claim(nodes / "lab-node1.journal")
+    book.record(journal.Namespace(str(spaces / "pod")))
+    book.hand_over()
+    (nodes / "lab-node1.cni.json").touch()
+    for file in (folder / JOURNAL, nodes / "lab-node1.journal"):  # nobody owns them any more
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if '"owner"' not in line))
+
+    def undo(thing: journal.Namespace) -> str:
+        if Path(thing.path).name == resists:
+            raise NamespaceError(thing.path, "delete", errno.EBUSY)
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Namespace, "undo", undo)
+        for _ in range(2):
+            assert [resists in line for line in take_away(folder)] == [True]
+            assert is_there(folder)
+    assert take_away(folder) == []
+    assert not folder.exists()
+    assert list(nodes.iterdir()) == []
+
+
+def test_a_program_that_enters_a_pod_does_not_touch_what_an_earlier_one_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "folder", tmp_path)
+    plan = parse(FILE, "")
+    first = write_resolv_conf(plan, "default")
+    with first.open() as mounted:
+        os.utime(first, (0, 0))
+        assert write_resolv_conf(plan, "default") == first
+        assert os.fstat(mounted.fileno()).st_mtime == 0
+        assert mounted.read() == first.read_text()
+    assert list(tmp_path.iterdir()) == [first]
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
