@@ -20,8 +20,9 @@ from dataplane.control import edits as plan
 from dataplane.control.edits import Edit, RouteSpec
 from dataplane.control.state import DesiredState, Network, Peer, Pod
 from dataplane.devices import journal, namespace
+from dataplane.devices.device import DeviceError
 from dataplane.devices.journal import Journal
-from dataplane.devices.namespace import NamespaceHandle
+from dataplane.devices.namespace import NamespaceError, NamespaceHandle
 from dataplane.devices.tap import Tap
 from dataplane.engine import Engine
 from dataplane.tables.interface import INTERFACES, OFFLOAD, UP, Driver, Role
@@ -172,9 +173,16 @@ class Wiring:
                 link.close(self.journal)
             for link in closed:
                 if link.tap.fileno() < 0:
-                    await self.restore(link.pod.interface)
+                    await self._put_back(link.pod)
             raise
         return opened, closed
+
+    async def _put_back(self, pod: Pod) -> None:
+        """Restore a pod's link if that can be: what made the plan fail is what is told, and others wait for theirs."""
+        try:
+            await self.restore(pod.interface)
+        except (NamespaceError, DeviceError) as error:
+            log.warning("pod cannot be restored name=%s: %s", pod.id, error)
 
     async def restore(self, interface: str) -> None:
         """Make a pod's link anew, in its namespace, when it has vanished (somebody deleted it).
