@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from dnslib import QTYPE, DNSRecord
 
+from dataplane.control import dns_zone
 from dataplane.control.cluster import Cluster
 from dataplane.control.dns import Forward, Responder
 from dataplane.control.dns_wire import split, to_wire
@@ -30,6 +31,7 @@ from tests.dns_world import (
 
 TABLE = Path(__file__).parent / "data" / "dns_names.txt"
 WEB = "svc1.testns.svc.cluster.local"
+HEADLESS = "hdls.testns.svc.cluster.local"
 
 
 def rows():
@@ -205,6 +207,41 @@ def test_ports_of_one_service_are_weighed_alike():
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_found_is_not_looked_for_again(monkeypatch):
+    where = zone(upstreams=(UPSTREAM,))
+    responder = Responder(where)
+    looked: list[tuple[str, ...]] = []
+    look = where._at
+
+    def noted(labels, kind):
+        looked.append(labels)
+        return look(labels, kind)
+
+    monkeypatch.setattr(where, "_at", noted)
+    for number in range(10):
+        name = "".join(letter.upper() if number >> place & 1 else letter for place, letter in enumerate(HEADLESS))
+        for kind in ("A", "AAAA", "SRV", "ANY", 64, 65):
+            taken(responder, question(name, kind) + number.to_bytes(8))  # as much as a cookie
+    assert len(looked) == 4  # the last two are none of ours
+    for number in range(10):
+        taken(responder, question(f"x{number}.{HEADLESS}") * 2)
+    assert len(looked) == 14
+    assert len(where._kept) == 4
+    assert where.update(replace(STATE, services=SERVICES[1:]), CLUSTER, NOW)
+    taken(responder, question(HEADLESS, number=1))
+    taken(responder, question(HEADLESS) + bytes(9))
+    assert len(looked) == 15
+
+
+def test_what_was_found_is_kept_within_bounds(monkeypatch):
+    monkeypatch.setattr(dns_zone, "_KEPT", 100)
+    where = zone(pods="insecure")
+    for number in range(100):
+        assert where.find((f"10-0-0-{number}", "testns", "pod", "cluster", "local"), 1)
+        assert len(where._kept) * 9 <= 100
+    assert where._kept
 
 
 def test_an_answer_that_was_given_before_has_the_new_number():

@@ -103,7 +103,9 @@ def _pack(query: Query, found: Found, zone: Zone, transport: Transport, turn: in
 
 def _addresses(records: tuple[Record, ...]) -> int:
     """Count the addresses at the end of an answer; what leads to them stands in front."""
-    return sum(record.type in (Type.A, Type.AAAA) for record in records)
+    if not records or records[-1].type not in (Type.A, Type.AAAA):
+        return 0
+    return len(records) - next(at for at, record in enumerate(records) if record.type in (Type.A, Type.AAAA))
 
 
 def _turned(records: tuple[Record, ...], turn: int) -> tuple[Record, ...]:
