@@ -29,7 +29,7 @@ from dataplane.forward import Upstreams
 from dataplane.node import Node
 
 _QUERY_MAX = 4096
-_AT_ONCE = 64  # queries until packets have their turn again: half a millisecond
+_AT_ONCE, _TURN_S = 64, 0.001  # queries, and seconds, until packets have their turn again
 _CONNECTIONS, _FROM_ONE = 512, 64  # of all clients, and of one address
 _UNDER_WAY, _PIPELINED = 4096, 64  # names of others, by UDP in all and on one connection: more are not taken
 _IDLE_S = 10.0  # for the next query on a connection (RFC 7766 6.2.3)
@@ -59,6 +59,7 @@ class Resolver:
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
         node.names = self.snapshot
 
     # --- start and end -----------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class Resolver:
         began, count = time.perf_counter(), 0
         respond = self.responder.respond
         with suppress(BlockingIOError):  # nothing left to read; or no room for an answer, which is then lost
-            while count < _AT_ONCE:
+            while count < _AT_ONCE and (not count or time.perf_counter() - began < _TURN_S):
                 data, client = udp.recvfrom(_QUERY_MAX)
                 count += 1
                 reply = respond(data, "udp")
@@ -242,11 +243,15 @@ class Resolver:
             return
         self._connections[task] = writer
         try:
-            with suppress(OSError, EOFError):  # gone, silent for too long, or half a query
-                await self._converse(reader, writer)
+            with suppress(OSError):  # gone, silent for too long, or it does not read its answers
+                with suppress(EOFError):  # no more queries, or half of one
+                    await self._converse(reader, writer)
+                writer.close()
+                async with asyncio.timeout(_IDLE_S):
+                    await writer.wait_closed()
         finally:
+            writer.transport.abort()  # closing alone would wait for a client that does not read, for ever
             del self._connections[task]
-            writer.close()
 
     def _count_from(self, client: str) -> int:
         return sum(_client(writer) == client for writer in self._connections.values())
@@ -259,12 +264,10 @@ class Resolver:
                 async with asyncio.timeout(_IDLE_S):
                     length = int.from_bytes(await reader.readexactly(2))
                     data = await reader.readexactly(length)
-                began = time.perf_counter()
-                reply = self.responder.respond(data, "tcp")
+                reply = await self._respond(data)
                 if reply is None:
                     return
                 if isinstance(reply, bytes):
-                    self.responder.took(time.perf_counter() - began)
                     _write(writer, reply)
                 else:
                     task = asyncio.ensure_future(self._forward(reply, partial(_write, writer)))
@@ -277,6 +280,16 @@ class Resolver:
         finally:
             if waiting and not writer.is_closing():
                 await asyncio.wait(waiting)
+
+    async def _respond(self, data: bytes) -> bytes | Forward | None:
+        """Answer one query of all connections, then let packets have their turn: nothing that is buffered waits."""
+        async with self._turn:
+            began = time.perf_counter()
+            reply = self.responder.respond(data, "tcp")
+            if isinstance(reply, bytes):
+                self.responder.took(time.perf_counter() - began)
+            await asyncio.sleep(0)
+            return reply
 
 
 def _client(writer: asyncio.StreamWriter) -> str:

@@ -5,6 +5,7 @@ import errno
 import socket
 from dataclasses import replace
 from ipaddress import ip_network
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -154,6 +155,41 @@ async def test_ten_thousand_queries_are_all_answered():
         assert sum(made.responder.durations) == 10_000
 
 
+class Queue:
+    """A socket with queries that wait."""
+
+    def __init__(self, *queries: bytes) -> None:
+        self.queries = [*queries]
+        self.sent: list[bytes] = []
+
+    def recvfrom(self, size: int) -> tuple[bytes, tuple[str, int]]:
+        if not self.queries:
+            raise BlockingIOError
+        return self.queries.pop(), ("127.0.0.1", 1)
+
+    def sendto(self, data: bytes, client: tuple[str, int]) -> None:
+        self.sent.append(data)
+
+
+@pytest.mark.parametrize(("cost", "answered"), [(0.0, 64), (0.0004, 3), (0.01, 1)])
+@scenario
+async def test_queries_leave_packets_their_turn(monkeypatch, cost, answered):
+    """However long answers take, packets wait no longer than a millisecond and the last of them."""
+    now = 0.0
+
+    def respond(data, transport):
+        nonlocal now
+        now += cost
+        return data
+
+    async with resolving() as (made, _):
+        monkeypatch.setattr(resolver, "time", SimpleNamespace(perf_counter=lambda: now))
+        monkeypatch.setattr(made.responder, "respond", respond)
+        waiting = Queue(*[question(WEB)] * 100)
+        made._readable(cast(Any, waiting))
+        assert len(waiting.sent) == answered
+
+
 @scenario
 async def test_nonsense_is_not_answered_and_harms_nobody():
     async with resolving() as (made, node), client(place(node, "UDP")) as asking:
@@ -185,6 +221,55 @@ async def test_several_queries_on_one_connection():
         asked = [question(WEB, number=1), question("none." + WEB, number=2), question(WEB, "AAAA", number=3)]
         found = [summary(each).partition(";")[0] for each in await ask_tcp(place(node, "TCP"), *asked)]
         assert found == ["A 10.96.0.1", "NXDOMAIN", "NODATA"]
+
+
+@scenario
+async def test_queries_on_connections_leave_packets_their_turn(monkeypatch):
+    """However many queries have come on however many connections, one is answered and then all else has its turn."""
+    loop, turn = asyncio.get_running_loop(), 0
+    answered: list[int] = []
+
+    def take_turn():
+        nonlocal turn
+        turn += 1
+        loop.call_soon(take_turn)
+
+    async with resolving() as (made, node):
+        respond = made.responder.respond
+
+        def noted(*query):
+            answered.append(turn)
+            return respond(*query)
+
+        monkeypatch.setattr(made.responder, "respond", noted)
+        take_turn()
+        asked = [question(WEB, number=number) for number in range(50)]
+        await asyncio.gather(*(ask_tcp(place(node, "TCP"), *asked) for _ in range(3)))
+        assert len(set(answered)) == len(answered) == 150
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["answers wait", "the client says no more"])
+@scenario
+async def test_a_client_that_does_not_read_is_left(monkeypatch, ends):
+    monkeypatch.setattr(resolver, "_IDLE_S", 0.1)
+    many = service("many", endpoints=[f"10.244.{number >> 8}.{number & 255}" for number in range(3000)])
+    data = question("many.testns.svc.cluster.local")
+    data = len(data).to_bytes(2) + data
+    loop = asyncio.get_running_loop()
+    async with resolving(replace(STATE, services=(many,))) as (made, node):
+        with socket.create_connection(place(node, "TCP")) as asking:
+            asking.setblocking(False)
+            await loop.sock_sendall(asking, data)
+            await loop.sock_recv(asking, 2)
+            ((task, writer),) = made._connections.items()
+            if ends:
+                writer.transport.set_write_buffer_limits(1 << 30)
+            await loop.sock_sendall(asking, data * 300)  # for 14 MB of answers
+            if ends:
+                asking.shutdown(socket.SHUT_WR)
+            await asyncio.wait([task])
+            assert not made._connections
+            assert writer.transport.get_write_buffer_size() == 0  # not held until the client has read it all
 
 
 @scenario
