@@ -329,3 +329,11 @@ def test_a_node_that_is_promised_by_half_is_never_convicted(seed):
             lan.run(50 * MS, 50 * MS)
             if convicted(lan, "b", "a", lan.now):
                 assert lan.nodes["a"].promised(lan.now) <= lan.now
+
+
+def test_of_nodes_that_nobody_knows_nothing_is_kept(lan):
+    node = lan.nodes["a"]
+    for number in range(100):
+        lan.carry("b", [("a", encode(Message(Kind.VOTE, 2, BIRTH, 0, "b", f"invented{number}")))])
+    assert node.counts.ignored == 0
+    assert node._votes.keys() <= {"b", "c"}

@@ -316,8 +316,8 @@ class Heartbeats:
 
     def _told(self, message: Message, now: int) -> None:
         about, asked = self._asked.get(message.number, ("", 0))
-        if message.number and about != message.subject:
-            return
+        if message.subject not in self._peers or (message.number and about != message.subject):
+            return  # of an unknown node nothing is kept: names can be invented without end
         silent, strict = bool(message.flags & _SILENT), bool(message.flags & _STRICT)
         votes = self._votes.setdefault(message.subject, {})
         held = votes.get(message.name)
@@ -470,7 +470,3 @@ class Heartbeats:
         """Return the start of the run of a node that was heard last; 0: none."""
         peer = self._peers.get(name)
         return peer.start if peer is not None else 0
-
-    def hears_anybody(self) -> bool:
-        """Tell whether any other node is heard."""
-        return any(peer.heard is not None and not self._calls_silent(peer) for peer in self._peers.values())
