@@ -1,6 +1,7 @@
 """Who writes load balancer addresses into services, and what; and the permissions that all of it needs."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,6 @@ def test_a_service_gets_an_address_and_everybody_knows_it():
     asyncio.run(whole())
 
 
-def test_pools_of_the_file_are_handed_out_as_well():
-    text = FILE + '[[loadBalancer.ipAddressPools]]\nname = "own"\naddresses = ["198.51.100.0/30"]\n'
-
-    async def whole():
-        async with serving(*BASIS, balancer("web")) as server, following(server, text):
-            await eventually(lambda: address(server, "web") == ["198.51.100.0"])
-
-    asyncio.run(whole())
-
-
 def test_an_address_that_lies_in_no_pool_and_a_class_are_somebody_elses():
     other = balancer("cloud") | {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.9"}]}}}
 
@@ -245,6 +236,76 @@ def test_what_somebody_else_has_changed_meanwhile_is_not_overwritten(monkeypatch
             put(server, balancer("web"))
             await eventually(lambda: address(server, "web") == [expected])
             assert outcomes == [409, 200]
+
+    asyncio.run(whole())
+
+
+def after_the_patch(monkeypatch, found: Following, name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Let something happen when the server has taken a patch of this service, and the writer does not know it yet."""
+    api = found.source._writer._api
+    patch = api.patch
+
+    async def late(path, body):
+        fresh = await patch(path, body)
+        if path.endswith(f"/{name}/status"):
+            await work()
+        return fresh
+
+    monkeypatch.setattr(api, "patch", late)
+
+
+def test_a_service_that_is_deleted_while_another_one_is_written_ends_nothing(monkeypatch):
+    async def whole():
+        async with serving(*BASIS, balancer("a", "10.96.0.21"), balancer("b")) as server, following(server) as found:
+
+            async def deleted():
+                drop(server, balancer("b"))
+                await eventually(lambda: "default/b" not in found.source.view.services.entries)
+
+            after_the_patch(monkeypatch, found, "a", deleted)
+            put(server, POOL)
+            await eventually(lambda: address(server, "a") == ["192.0.2.200"])
+            put(server, balancer("c", "10.96.0.22"))
+            await eventually(lambda: address(server, "c") == ["192.0.2.201"])
+
+    asyncio.run(whole())
+
+
+def test_a_decision_that_is_older_than_the_service_is_not_written(monkeypatch):
+    async def whole():
+        async with serving(*BASIS, balancer("a", "10.96.0.21"), balancer("b")) as server, following(server) as found:
+
+            async def taken():
+                put(server, balancer("b") | {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.9"}]}}})
+                entry, entries = found.source.view.services.entries["default/b"], found.source.view.services.entries
+                await eventually(lambda: entries["default/b"].version != entry.version)
+
+            after_the_patch(monkeypatch, found, "a", taken)
+            put(server, POOL)
+            await eventually(lambda: address(server, "a") == ["192.0.2.200"])
+            put(server, balancer("c", "10.96.0.22"))
+            await eventually(lambda: address(server, "c"))
+            assert address(server, "b") == ["203.0.113.9"]
+
+    asyncio.run(whole())
+
+
+def test_a_service_that_is_deleted_before_the_answer_to_its_patch_stays_deleted(monkeypatch):
+    async def whole():
+        async with serving(*BASIS, POOL) as server, following(server) as found:
+            entries = found.source.view.services.entries
+
+            async def deleted():
+                drop(server, balancer("a"))
+                await eventually(lambda: "default/a" not in entries)
+
+            after_the_patch(monkeypatch, found, "a", deleted)
+            put(server, balancer("a"))
+            await eventually(lambda: server.requests[Request("patch", "", "services/status")] == 1)
+            put(server, balancer("b", "10.96.0.21"))
+            await eventually(lambda: address(server, "b"))
+            assert list(entries) == ["default/b"]
+            assert address(server, "b") == ["192.0.2.200"]
 
     asyncio.run(whole())
 

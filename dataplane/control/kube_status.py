@@ -15,7 +15,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,16 +45,12 @@ class Writer:
         view: What the API server has.
         node: This node's name.
         namespace: Of the Lease; "" is kube-system.
-        pools: Gives the pools of the node's own file.
     """
 
-    def __init__(
-        self, api: KubeApi, view: View, node: str, namespace: str, pools: Callable[[], Sequence[AddressPool]],
-    ) -> None:  # fmt: skip
+    def __init__(self, api: KubeApi, view: View, node: str, namespace: str) -> None:
         self._api, self._view, self._node = api, view, node
         self._namespace = namespace or NAMESPACE
         self._path = LEASES.path(self._namespace, LEASE_NAME)
-        self._pools = pools
         self._seconds = SECONDS
         self.election = Election(f"{node}_{uuid.uuid4()}", LEASE_NAME, self._namespace, SECONDS)
         self._news = asyncio.Event()
@@ -106,10 +102,7 @@ class Writer:
         return self._seconds / 3
 
     def _has_work(self) -> bool:
-        return bool(self._all_pools()) and self._view.balanced > 0
-
-    def _all_pools(self) -> tuple[AddressPool, ...]:
-        return (*self._pools(), *self._view.cluster().pools)
+        return bool(self._view.cluster().pools) and self._view.balanced > 0
 
     # --- the office --------------------------------------------------------------------------------------------------
 
@@ -154,7 +147,7 @@ class Writer:
     # --- the work ----------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        pools = self._all_pools()
+        pools = self._view.cluster().pools
         if self._done == (self._view.balanced, pools):
             return
         before = self._view.balanced, pools
@@ -166,9 +159,9 @@ class Writer:
         whole = True
         for key, each in wanting.items():
             if key in outcome.addresses and outcome.addresses[key] != each.held:
-                whole &= await self._assign(key, outcome.addresses[key])
+                whole &= await self._assign(each, outcome.addresses[key])
             elif key in outcome.refusals and key in held:
-                whole &= await self._assign(key, ())
+                whole &= await self._assign(each, ())
             if key in outcome.refusals:
                 await self._tell(each, outcome.refusals[key])
             else:
@@ -176,20 +169,23 @@ class Writer:
         if whole:
             self._done = before
 
-    async def _assign(self, key: str, addresses: tuple[Address, ...]) -> bool:
-        """Write a service's addresses; return False when it has changed meanwhile, or this node leads no more."""
+    async def _assign(self, each: KubeService, addresses: tuple[Address, ...]) -> bool:
+        """Write a service's addresses; return False when it is no longer ``each``, or this node leads no more."""
         if not self.election.leads(time.monotonic()):
             return False
-        entry, (namespace, name) = self._view.services.entries[key], key.split("/")
+        service = each.service
         ingress = [{"ip": str(address)} for address in addresses] or None
-        body = {"metadata": {"resourceVersion": entry.version}, "status": {"loadBalancer": {"ingress": ingress}}}
+        body = {"metadata": {"resourceVersion": each.version}, "status": {"loadBalancer": {"ingress": ingress}}}
         try:
-            fresh = await self._api.patch(SERVICES.path(namespace, name, "status"), body)
+            fresh = await self._api.patch(SERVICES.path(service.namespace, service.name, "status"), body)
         except ApiError as error:
             if error.status in (404, 409):
                 return False
             raise
-        log.info("load balancer address service=%s address=%s", key, ",".join(map(str, addresses)) or "none")
+        log.info("load balancer address service=%s address=%s", service.id, ",".join(map(str, addresses)) or "none")
+        held = self._view.services.entries.get(service.id)
+        if held is None or held.value is not each:
+            return True  # the watch was faster, and may know of what came after the patch: a deletion, say
         try:
             self._view.services.put(*self._view.services.read(fresh))  # before the watch says so
         except ObjectError:

@@ -64,9 +64,7 @@ class KubernetesSource:
         self._link = Link()
         self._answered = 0
         self._reflectors = self._made()
-        self._writer = Writer(
-            self._api, self.view, self._name, self._access.namespace, lambda: self._settings.state.pools
-        )
+        self._writer = Writer(self._api, self.view, self._name, self._access.namespace)
         self._tasks: dict[Callable[[], Any], asyncio.Task[Any]] = {}
 
     def _made(self) -> tuple[Reflector[Any], ...]:
