@@ -30,7 +30,7 @@ def test_the_table_counts_questions_and_answers():
     view = views.dns(snapshots()["dns"])
     assert view.rows == (("A by tcp", "1"), ("AAAA by udp", "9"), ("NOERROR", "6"), ("NXDOMAIN", "4"))
     assert view.notes == (
-        "cluster.local at 10.96.0.10, 12 services",
+        "cluster.local at 10.96.0.10, services: 12",
         "upstream 192.0.2.53:53 does not answer, asked 5, failures 2",
         "upstream 192.0.2.54:53 answers, asked 3, failures 0",
         "their answers: 3 kept, hits 40, misses 8",
