@@ -366,6 +366,19 @@ def test_the_files_peers_come_before_nodes_that_want_the_same(store, caplog):
     ]
 
 
+@pytest.mark.parametrize("text", [None, "{", {"addresses": ["nowhere"]}])
+def test_what_becomes_of_its_record_in_the_store_takes_nothing_from_this_node(store, text):
+    store.put("nodes/node1", {"addresses": ["192.0.2.11"]})
+    store.put("members/node1", {"since": 1})
+    store.put("blocks/10.244.9.0-26", dump(block("10.244.9.0/26", "node1", 1)))
+    before = store.cluster.nodes["node1"]
+    assert [str(cidr) for cidr in before.pod_cidrs] == ["10.244.9.0/26"]
+    store.delete("nodes/node1") if text is None else store.put("nodes/node1", text)
+    assert store.cluster.nodes["node1"] == before
+    store.put("blocks/10.244.9.64-26", dump(block("10.244.9.64/26", "node1", 2)))
+    assert [str(cidr) for cidr in store.cluster.nodes["node1"].pod_cidrs] == ["10.244.9.0/26", "10.244.9.64/26"]
+
+
 def test_a_pod_that_moves_is_where_it_was_put_last(store):
     store.put("pods/node2/default/a", {"ip": ["10.244.2.5"], "labels": {"x": "y"}})
     store.put("pods/node3/default/a", {"ip": ["10.244.3.5"]})

@@ -60,11 +60,11 @@ class Nodes:
         self._dirty: set[str] = set()
 
     def set(self, name: str, node: StoredNode | None, created: int) -> None:
-        """Set what a node says of itself; None: it is forgotten."""
-        if node is None:
-            self._stored.pop(name, None)
-        else:
+        """Set what a node says of itself; None: it is forgotten, except for this one, which lives and has its pods."""
+        if node is not None:
             self._stored[name] = (node, created)
+        elif name != self._own:
+            self._stored.pop(name, None)
         self._dirty.add(name)
 
     def set_member(self, name: str, since: float | None) -> None:
