@@ -1,5 +1,7 @@
 """Nodes that give out addresses at once, interleaved at every step of what they do, and killed between any two."""
 
+from contextlib import suppress
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 from hypothesis import settings
@@ -279,3 +281,20 @@ class Races(RuleBasedStateMachine):
 
 Races.TestCase.settings = settings(max_examples=300, stateful_step_count=50)
 TestRaces = Races.TestCase
+
+
+def test_a_block_that_is_used_while_its_node_is_forgotten_is_taken_from_it_all_the_same():
+    store, rules = MemoryStore(), Rules((Pool("default", POOL, 30),), max_blocks=1)
+    gone, guest = Allocator("a", rules), Allocator("b", replace(rules, max_blocks=0))
+    store.carry_out(gone.claim_first_block(1000.0))
+    forgetting = guest.forget("a", 1000.0)
+    operation = next(forgetting)
+    while not (isinstance(operation, Swap) and operation.value is None):  # the block is empty now, and would go
+        operation = forgetting.send(store.answer(operation))
+    borrowed = store.carry_out(guest.assign("guest", 1000.0))
+    with suppress(StopIteration):
+        while True:
+            operation = forgetting.send(store.answer(operation))
+    (block,) = store.carry_out(guest.blocks())
+    assert (block.affinity, borrowed in block.cidr) == ("", True)
+    assert store.carry_out(guest.held()) == {"guest": borrowed}

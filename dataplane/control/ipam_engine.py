@@ -161,11 +161,8 @@ class Allocator(Claims):
                 if (yield from self.release_address(address, now, allocation.handle, allocation.sequence)):
                     addresses.append(address)
         everything = yield from self._all()
-        for held in everything:  # blocks in which others have addresses are nobody's until somebody claims them
-            if held.block.affinity == node:
-                block = cooled(held.block, now, self.rules.cooldown)
-                left = None if block.empty else replace(block, affinity="", number=0, sequence=block.sequence + 1)
-                yield Swap(block_key(block.cidr), held.revision, left)
+        for held in everything:
+            yield from self._disown(held, node, now)
         for stored in (yield List(affinities_prefix(node))):
             yield Swap(stored.key, stored.revision, None)
         return tuple(addresses)
@@ -183,6 +180,19 @@ class Allocator(Claims):
                 return held
         everything = yield from self._all()
         return next((held for held in everything if address in held.block.cidr), None)
+
+    def _disown(self, held: Held | None, node: str, now: float) -> Steps[None]:
+        """Take a block from its node; one in which others have addresses is nobody's until somebody claims it."""
+        for _ in range(RETRIES):
+            if held is None or held.block.affinity != node:
+                return
+            block = cooled(held.block, now, self.rules.cooldown)
+            left = None if block.empty else replace(block, affinity="", number=0, sequence=block.sequence + 1)
+            if (yield Swap(block_key(block.cidr), held.revision, left)):
+                return
+            (found,) = yield Get((block_key(block.cidr),))
+            held = held_of(found)
+        raise busy()
 
     def _claim_around(self, address: Address, cidr: Network, now: float) -> Steps[None]:
         own = yield from self._own()
