@@ -86,14 +86,17 @@ class Follower:
     async def _follow(self) -> None:
         handing = asyncio.ensure_future(self._source.run(self._take))
         handing.add_done_callback(lambda _: self._news.set())
+        if self._newest is not None:  # it was not applied before this loop failed
+            self._news.set()
         try:
             while not handing.done():
                 await self._news.wait()
                 self._news.clear()
-                if self._newest is not None:
-                    cluster, self._newest = self._newest, None
+                cluster = self._newest
+                if cluster is not None:
                     await self._apply(cluster)
-                if self._newest is None:
+                if self._newest is cluster:  # else more came meanwhile
+                    self._newest = None
                     self._idle.set()
             handing.result()
         finally:

@@ -92,9 +92,9 @@ class Edits:
         verb = name.partition("_")[0]
         for _ in range(_TRIES):
             holder, endpoints = await self._find(target, str(values["ip"]))
-            if holder is None and verb != "add":
-                raise MissingError(f"no such endpoint of {target}: {values['ip']}")
             at = [number for number, each in enumerate(endpoints) if _same(each.get("ip"), values["ip"])]
+            if verb != "add" and not at:
+                raise MissingError(f"no such endpoint of {target}: {values['ip']}")
             match verb:
                 case "drain":
                     changed = [each | {"draining": True} if n in at else each for n, each in enumerate(endpoints)]
