@@ -95,6 +95,13 @@ def test_what_another_should_have_is_left_alone(own, claim):
     assert own.writes(NOW) == []
 
 
+def test_a_write_that_failed_waits_for_the_next_beat(own):
+    (write,) = own.writes(NOW)
+    own.done(write, False, 0, NOW)
+    assert own.writes(NOW) == []
+    assert own.writes(NOW + 100 * MS) == [replace(write, began=NOW + 100 * MS)]
+
+
 def test_without_a_lease_nothing_is_written(own):
     own.lease = 0
     assert own.writes(NOW) == []

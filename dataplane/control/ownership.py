@@ -46,6 +46,7 @@ _SLACK_NS = 20_000_000  # of the grace, for clocks that do not run equally fast
 _AWAY_NS = SECOND  # without an answer, and the store counts as away
 _CONFIRM_NS = 150_000_000  # promises that last less are not waited for
 _RETRY_NS = SECOND  # after an owner has objected
+_PAUSE_NS = 80_000_000  # after a write that failed; less than a beat's interval, so that the next tick tries again
 
 
 class Claim(NamedTuple):
@@ -109,6 +110,7 @@ class Ownership:
     _challenges: dict[Address, _Challenge] = field(default_factory=dict)
     _last: dict[Address, _Last] = field(default_factory=dict)
     _retry: dict[Address, int] = field(default_factory=dict)
+    _paused: dict[Address, int] = field(default_factory=dict)
     _asked: tuple[str, int] = ("", 0)
     _until: int = 1
     _certain: int = 0
@@ -158,8 +160,10 @@ class Ownership:
         """Take over what became of a transaction; return what to send. One whose fate is unknown has failed."""
         self._busy.discard(write.address)
         if not succeeded:
+            self._paused[write.address] = now + _PAUSE_NS  # a store that refuses at once must not be asked at once
             return []
         self._failing = None
+        self._paused.pop(write.address, None)
         claim, before = write.claim, self._mine()
         self.changed(write.address, claim, revision, now)
         if claim is None:
@@ -183,7 +187,9 @@ class Ownership:
         found = [
             write
             for address in sorted(self.claims.keys() | self.elected.keys() | self._last.keys(), key=int)
-            if address not in self._busy and (write := self._write(address, now, pursued)) is not None
+            if address not in self._busy
+            and now >= self._paused.get(address, 0)
+            and (write := self._write(address, now, pursued)) is not None
         ]
         self.beats.pursue(pursued)
         if not self.lease:
