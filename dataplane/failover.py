@@ -30,6 +30,8 @@ _PER_TURN = 256  # datagrams that are read before packets have their turn again
 _TOGETHER = 60  # writes in a transaction: etcd takes 128 operations
 _FAREWELL_SECONDS = 0.5  # that a stopping node waits for others to take over
 _AGAIN_NS = 1_000_000_000
+_REREAD_NS = 80_000_000  # after a read that failed; less than a beat's interval, so that the next tick tries again
+_UNSURE_SECONDS = 0.1  # until the next tick after one that failed, or without heartbeats
 _URGENT = 0xC0  # class selector 6 (RFC 4594): what keeps the network going
 
 log = logging.getLogger(__name__)
@@ -76,8 +78,12 @@ class Failover:
         self._refreshing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._retry_at = 0
+        self._read_at = 0
+        self._answers: frozenset[Address] = frozenset()  # what the tables may answer for
+        self._owed = False  # a state was not applied, or not all of it
         self._due = False
         self._leaving = False
+        self._ended = False
         self._reading = False
         self._open = False
         self._left = asyncio.Event()
@@ -129,22 +135,29 @@ class Failover:
             self.own.applied(())
             self._turn()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), _FAREWELL_SECONDS)
+                async with asyncio.timeout(_FAREWELL_SECONDS):
+                    await self._left.wait()
         for _ in range(2):  # it may be lost; and packets that come by the old way are still forwarded meanwhile
             self._send(self.beats.leave())
             await asyncio.sleep(self.beats.timing.interval_ns / 1e9)
+        self._ended = True
         self._timer.cancel()
-        for task in (self._following, *self._tasks):
-            if task is not None:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-        if self._refreshing is not None:
-            await self._refreshing
+        await self._end_tasks()
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
+
+    async def _end_tasks(self) -> None:
+        """End what runs beside; only a state that is being applied is waited for."""
+        ending = [task for task in (self._following, *self._tasks) if task is not None]
+        for task in ending:
+            task.cancel()
+        if self._refreshing is not None:
+            ending.append(self._refreshing)
+        for result in await asyncio.gather(*ending, return_exceptions=True):
+            if isinstance(result, Exception):
+                log.error("a task of failover has failed", exc_info=result)
 
     # --- heartbeats --------------------------------------------------------------------------------------------------
 
@@ -170,19 +183,22 @@ class Failover:
                 self._socket.sendto(data, (address, self._port))
 
     def _tick(self) -> None:
-        now = _now()
-        if self._socket is not None:
-            self._send(self.beats.tick(now))
-        self._turn()
-        due = max(self.beats.next_at - _now(), 0) / 1e9 if self._socket is not None else 0.1
-        self._timer = asyncio.get_running_loop().call_later(max(due, 0.001), self._tick)
+        due = _UNSURE_SECONDS
+        try:
+            if self._socket is not None:
+                self._send(self.beats.tick(_now()))
+            self._turn()
+            if self._socket is not None:
+                due = (self.beats.next_at - _now()) / 1e9
+        finally:  # whatever has failed, beats go on: without them the others take over
+            self._timer = asyncio.get_running_loop().call_later(max(due, 0.001), self._tick)
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """Look at what has changed, decide, act."""
         now, state = _now(), self._node.wiring.state
-        if state is None:
+        if state is None or self._ended:
             return
         if state is not self._seen:
             self._meet(state, now)
@@ -192,7 +208,7 @@ class Failover:
         self._guard(now)
         if self.own is not None and self.own.leaving and self.own.left:
             self._left.set()
-        if self._refreshing is None and now >= self._retry_at and self._wanted() != self._value:
+        if self._refreshing is None and now >= self._retry_at and (self._owed or self._wanted() != self._value):
             self._refreshing = asyncio.ensure_future(self._refresh())
 
     def _guard(self, now: int) -> None:
@@ -222,28 +238,38 @@ class Failover:
         writes = own.writes(now)
         for first in range(0, len(writes), _TOGETHER):
             self._spawn(self._write(own, writes[first : first + _TOGETHER]))
-        if own.must_read(now) and not self._reading and self._claims is not None:
+        if own.must_read(now) and not self._reading and now >= self._read_at and self._claims is not None:
             self._reading = True
             self._spawn(self._read())
 
     async def _refresh(self) -> None:
         """Make the node what is wanted now; what it answers for is said before it does, and after it no longer does."""
-        name, before = self.beats.name, self._value
+        before = self._value
         self._value = silent, owners = self._wanted()
-        if self.own is not None:
-            self.own.applied(_of(name, before[1]) | _of(name, owners))
-        result = await self._node.refresh()
-        if result["errors"]:
-            log.warning("who is silent, and who owns what, is not applied: %s", "; ".join(result["errors"]))
-            self._value, self._retry_at = before, _now() + _AGAIN_NS
+        ours = _of(self.beats.name, owners)
+        self._answer(self._answers | ours)
+        try:
+            errors = (await self._node.refresh())["errors"]
+        except Exception as error:  # of whatever takes part in a state: others would never be replaced again
+            log.exception("the node's state cannot be applied")
+            errors = [repr(error)]
+        if errors:
+            log.warning("who is silent, and who owns what, is not applied: %s", "; ".join(errors))
+            self._value, self._owed, self._retry_at = before, True, _now() + _AGAIN_NS
         else:
+            self._owed = False
             self.beats.applied(silent)
-            if self.own is not None and not self.own.leaving:
-                self.own.applied(_of(name, owners))
+            self._answer(ours)
             for peer in sorted(silent ^ before[0]):
                 log.warning("node is %s name=%s", "silent" if peer in silent else "heard again", peer)
         self._refreshing = None
         asyncio.get_running_loop().call_soon(self._turn)
+
+    def _answer(self, addresses: frozenset[Address]) -> None:
+        """Note what the tables may answer for; what a leaving node has in them counts no more, its fence is closed."""
+        self._answers = addresses
+        if self.own is not None and not self.own.leaving:
+            self.own.applied(addresses)
 
     def _wanted(self) -> tuple[frozenset[str], Owners | None]:
         return self.beats.silent, self.own.owners if self.own is not None else None
@@ -288,6 +314,7 @@ class Failover:
             if self._claims is not None:
                 await self._claims.read(self)
         except EtcdError:
+            self._read_at = _now() + _REREAD_NS
             self.store_failed()
         finally:
             self._reading = False
