@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,9 +93,17 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
     loop.add_signal_handler(signal.SIGHUP, node.request_reload)
     follower = Follower(node, source) if source is not None else None
     attacher = _attacher(node)
-    service, resolver = _dns_service(node), None
+    service = _dns_service(node)
     failover = open_failover(node, settings)
-    try:
+    async with AsyncExitStack() as ending:  # what comes last here ends first, and one that fails keeps none from it
+        if service is not None:
+            ending.callback(service.close)
+        answering = await ending.enter_async_context(AsyncExitStack())  # the resolver, which is made late
+        ending.push_async_callback(node.stop)
+        for companion in (follower, failover, attacher):
+            if companion is not None:
+                ending.push_async_callback(companion.stop)
+        ending.callback(notify, "STOPPING=1")
         if follower is not None and not await _joined(follower, node):
             return 0
         if attacher is not None:
@@ -111,22 +119,11 @@ async def _live(node: Node, settings: Settings, log_book: journal.Journal, sourc
         notify("READY=1")
         if attacher is not None:
             attacher.start()
+        resolver = None
         if service is not None:
             resolver = await _resolver(node, service, follower)
+            answering.push_async_callback(resolver.stop)
         await _serve(node, log_book, follower, attacher, resolver)
-    finally:
-        notify("STOPPING=1")
-        if attacher is not None:
-            await attacher.stop()
-        if failover is not None:
-            await failover.stop()
-        if follower is not None:
-            await follower.stop()
-        await node.stop()
-        if resolver is not None:
-            await resolver.stop()
-        if service is not None:
-            service.close()
     log.info("stopped node=%s", settings.state.node.name)
     return 0
 
