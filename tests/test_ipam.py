@@ -470,6 +470,7 @@ def test_entries_can_be_written_and_read_again():
         ("blocks/10.0.0.0-31", "nonsense"),
         ("blocks/10.0.0.0-31", "[]"),
         ("blocks/10.0.0.0-31", "{}"),
+        ("blocks/10.0.0.2-31", dump(new_block(ip_network("10.0.0.0/31")))),
         ("blocks/10.0.0.0-31", dump(new_block(ip_network("10.0.0.0/31"))).replace("[0, 1]", "[0]")),
         ("blocks/10.0.0.0-31", dump(new_block(ip_network("10.0.0.0/31"))).replace("[0, 1]", "[0, 0]")),
         ("blocks/10.0.0.0-31", dump(new_block(ip_network("10.0.0.0/31"))).replace("[0, 1]", "[0, 2]")),

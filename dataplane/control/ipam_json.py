@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dataplane.control.ipam import BLOCK_SIZES, Affinity, Allocation, Block, Given, Pool
-from dataplane.control.ipam_store import BLOCKS, NODES, Value
+from dataplane.control.ipam_store import BLOCKS, NODES, Value, block_key
 from dataplane.control.state import Network, Selector
 
 _HOST = "host:"  # Calico's kind of affinity: there are others
@@ -35,7 +35,12 @@ def load(key: str, text: str) -> Value:
             raise BookError("expected an object")
         if key.startswith(NODES):
             return Given(tuple(ip_network(cidr) for cidr in given.get("podCIDR", ())))
-        return _block(given) if key.startswith(BLOCKS) else _affinity(given)
+        if not key.startswith(BLOCKS):
+            return _affinity(given)
+        block = _block(given)
+        if key != block_key(block.cidr):  # two keys with one block would give its addresses twice
+            raise BookError(f"expected the cidr that the key says (got {block.cidr})")
+        return block
     except KeyError as missing:
         raise BookError(f"{missing.args[0]} is missing") from None
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 
 from dataplane import __version__
 from dataplane.control.cluster import Cluster
-from dataplane.control.etcd import CompactedError, Etcd, EtcdError, Events, KeyValue, LeaseGoneError, Put
+from dataplane.control.etcd import CompactedError, Etcd, EtcdError, Events, KeyValue, Put, UnavailableError
 from dataplane.control.etcd_contents import Contents, Objects
 from dataplane.control.etcd_edits import Edits
 from dataplane.control.etcd_published import Published
@@ -237,6 +237,7 @@ class EtcdSource:
             log.error("another process is node %s now; this one is no member any more: %s", self._node, item.value)
 
     async def _publish(self) -> None:
+        said = ""
         while True:
             await self._published.wanted()
             if self._replaced:
@@ -245,8 +246,11 @@ class EtcdSource:
                 while operations := self._published.missing():
                     await self.etcd.txn([], operations)
                     self._published.done(operations)
-            except (EtcdError, LeaseGoneError) as error:
-                log.debug("cannot publish: %s", error)
+                said = ""
+            except EtcdError as error:
+                if not isinstance(error, UnavailableError) and str(error) != said:  # the watch says when etcd is away
+                    said = str(error)
+                    log.warning("etcd refuses what this node says of itself, trying again: %s", said)
                 await asyncio.sleep(_RETRY_SECONDS[1])
                 self._published.again()
 
