@@ -169,7 +169,10 @@ def test_a_transaction_does_the_one_or_the_other(run, prefix):
             Compare(key, "create_revision", made.revision),
             Compare(key, "value", "one"),
         ]
-        assert (await client.txn(holds, [Delete(prefix, prefix=True)])).succeeded
+        gone = await client.txn(holds, [Delete(prefix, prefix=True)])
+        assert gone.succeeded
+        nothing = await client.txn([], [Delete(prefix, prefix=True), Get(key)])
+        assert [made.wrote, again.wrote, gone.wrote, nothing.wrote] == [True, False, True, False]
         assert (await client.range(prefix)).items == ()
 
     run(work)
@@ -428,6 +431,17 @@ def test_an_error_with_words_for_its_code_is_an_error():
             await client.get("/a")
 
     against(b'{"error": "go away", "code": "PERMISSION_DENIED"}', work)
+
+
+def test_a_member_that_lags_behind_the_others_is_no_backup():
+    async def work(client: Etcd) -> None:
+        found: list[Events] = []
+        with pytest.raises(UnavailableError):
+            await last(client.watch("/", 11), found)
+        assert found == [Events(10, ())]
+
+    created = {"created": True, "header": {"revision": "5"}}  # as far as the member is; the leader is at 10
+    against(json.dumps({"result": created, "header": {"revision": "10"}}).encode(), work)
 
 
 def test_a_revision_in_fragments_is_one_and_the_header_is_not_believed_beyond_it():

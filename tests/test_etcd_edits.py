@@ -16,6 +16,19 @@ STATE = parse(NODE, "node.toml").state
 ANYTHING = SimpleNamespace(check_edit=lambda *_: ())
 
 
+def test_deleting_what_is_gone_by_now_waits_for_nothing(tmp_path):
+    async def work(server: EtcdServer) -> None:
+        client = Etcd([server.url])
+        server.put("/elsewhere", "x")
+        done = await Edits(client, "/p", ANYTHING).carry_out("delete_service", ("default/web",), STATE)
+        assert done is not None
+        assert done.revision == 0
+        await client.close()
+
+    with EtcdServer(tmp_path) as server:
+        asyncio.run(work(server))
+
+
 @pytest.mark.parametrize("name", ["drain_endpoint", "delete_endpoint"])
 def test_an_endpoint_that_is_gone_by_now_is_missing_also_where_others_were_added(tmp_path, name):
     async def work(server: EtcdServer) -> None:

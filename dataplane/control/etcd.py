@@ -138,11 +138,13 @@ class Txn(NamedTuple):
     Attributes:
         succeeded: All comparisons held, and ``success`` was carried out; else ``failure`` was.
         responses: One per operation: what a `Get` has read, None for a key that is not there and for the others.
+        wrote: Something was put or deleted, in ``revision``; else that is merely the store's.
     """
 
     succeeded: bool
     revision: int
     responses: tuple[KeyValue | None, ...]
+    wrote: bool
 
 
 class Etcd:
@@ -234,9 +236,11 @@ class Etcd:
             "failure": [_operation(each) for each in failure],
         }
         answer = await self._call("kv/txn", body)
-        read = (each.get("response_range", {}).get("kvs", ()) for each in answer.get("responses", ()))
+        responses = answer.get("responses", ())
+        read = (each.get("response_range", {}).get("kvs", ()) for each in responses)
         found = tuple(next(map(_item, items), None) for items in read)
-        return Txn(answer.get("succeeded", False), _revision(answer), found)
+        wrote = any("response_put" in each or "deleted" in each.get("response_delete_range", {}) for each in responses)
+        return Txn(answer.get("succeeded", False), _revision(answer), found, wrote)
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
@@ -294,8 +298,10 @@ class Etcd:
                         yield Events(known, ())
                         continue
                     message = _message(line)
-                    if message.get("created") and _revision(message) < known:
-                        raise CompactedError(0)  # this is not the store that had the revision: it came from a backup
+                    behind = message.get("created") and _revision(message) < known
+                    # A member that lags is told the newest by its leader; else the whole store came from a backup.
+                    if behind and _revision(await self._ask(endpoint, "kv/range", {"key": _encoded("\0")})) < known:
+                        raise CompactedError(0)
                     parts += (_item(event["kv"]) for event in message.get("events", ()))
                     if message.get("fragment"):
                         continue

@@ -83,7 +83,8 @@ class Edits:
     async def _delete(self, target: str) -> Done:
         operations = (Delete(self._service(target)), Delete(f"{self._prefix}/endpoints/{target}/", prefix=True))
         deleted = await self._etcd.txn([], operations)
-        return Done((f"delete service {target} in etcd revision={deleted.revision}",), revision=deleted.revision)
+        line = f"delete service {target} in etcd revision={deleted.revision}"
+        return Done((line,), revision=deleted.revision if deleted.wrote else 0)  # another was faster: nothing will come
 
     # --- endpoints ---------------------------------------------------------------------------------------------------
 
