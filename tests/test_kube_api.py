@@ -77,18 +77,25 @@ def test_a_list_comes_in_pages_and_a_watch_goes_on_where_it_ended():
     asyncio.run(whole())
 
 
-def test_a_continue_token_that_expires_begins_the_list_anew_in_one_piece(monkeypatch):
+@pytest.mark.parametrize(
+    ("times", "requests"), [(1, 2 + 7), (2, 2 + 2 + 7), (3, 2 + 2 + 2 + 1)], ids=["once", "twice", "in one piece"]
+)
+def test_a_continue_token_that_expires_begins_the_list_anew_at_last_in_one_piece(monkeypatch, times, requests):
     async def whole():
         async with serving(*many(1201)) as server:
             page = server.store.page
+            left = times
 
             def compacting(*arguments):
+                nonlocal left
                 found = page(*arguments)
-                if len(arguments) > 2 and arguments[2]:
+                if left:
+                    left -= 1
+                    put(server, service("s0007"))
                     drop(server, service("s0007"))
                     put(server, service("late", "10.96.9.9"))
                     server.store.compact()
-                    put(server, service("later", "10.96.9.8"))
+                    put(server, service("later", f"10.96.9.{left}"))
                 return found
 
             monkeypatch.setattr(server.store, "page", compacting)
@@ -96,7 +103,7 @@ def test_a_continue_token_that_expires_begins_the_list_anew_in_one_piece(monkeyp
                 await eventually(lambda: watched.shelf.synced)
                 assert len(watched.values) == 1202
                 assert "default/s0007" not in watched.values  # it was on a page that came before
-                assert server.requests[Request("list", "", "services")] == 3
+                assert server.requests[Request("list", "", "services")] == requests
 
     asyncio.run(whole())
 
@@ -307,6 +314,47 @@ def test_a_collection_that_is_not_installed_is_looked_for_again():
                 server.cut()
                 await eventually(lambda: not watched.shelf.installed)
                 assert watched.values == {}
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_collection_that_was_seen_and_is_refused_for_a_while_keeps_what_is_known(monkeypatch, status):
+    async def whole():
+        async with serving(*many(3)) as server, Watched(server, optional=True) as watched:
+            await eventually(lambda: server.watching)
+            refused: list[tuple[object, str]] = []
+            get = watched.api.get
+
+            async def refusing(*arguments):
+                if len(refused) < kube_watch.REMOVED - 1:
+                    refused.append((watched.values.keys(), watched.reflector.link.error))
+                    raise ApiError(status, text="not now")
+                return await get(*arguments)
+
+            monkeypatch.setattr(watched.api, "get", refusing)
+            known = watched.values.keys()
+            server.cut()
+            put(server, service("new", "10.96.9.9"))
+            server.store.compact()
+            await eventually(lambda: "default/new" in watched.values)
+            assert refused[1:] == [(known, f"{status} : not now")] * (kube_watch.REMOVED - 2)
+            assert watched.reflector.link.connected
+            assert len(watched.changes) == 4
+
+    asyncio.run(whole())
+
+
+def test_permission_that_is_taken_away_for_good_empties_nothing():
+    async def whole():
+        async with serving(*many(3)) as server, Watched(server, optional=True) as watched:
+            await eventually(lambda: server.watching)
+            server.forbidden |= {Request(verb, "", "services") for verb in ("list", "watch")}
+            server.cut()
+            asked = server.requests[Request("list", "", "services")]
+            await eventually(lambda: server.requests[Request("list", "", "services")] > asked + 2 * kube_watch.REMOVED)
+            assert "services is forbidden" in watched.reflector.link.error
+            assert len(watched.values) == 3
 
     asyncio.run(whole())
 

@@ -4,8 +4,10 @@ By kubernetes.io/docs/reference/using-api/api-concepts ("Efficient detection of 
 objects and a resource version; a watch from that version gives every change after it, and bookmarks that only move the
 version. A watch that ends is resumed from the last version seen. A version that the server has forgotten (410 Gone, as
 an answer or as an ERROR event) means to list again; objects whose version has not changed stay the same values then. A
-continue token that the server has forgotten means to list again, and in one piece. Versions are opaque: they are only
-compared for being equal.
+continue token that the server has forgotten means to list again, after some of them in one piece. Versions are opaque:
+they are only compared for being equal.
+
+A collection that was seen and is refused keeps what is known of it, until the server has said often that it has none.
 
 Pages are read in a thread, so that packets are carried meanwhile; an object that did not change is not converted.
 """
@@ -26,6 +28,8 @@ PAGE = 200  # of endpoint slices that is 15 ms of parsing, during which no packe
 WATCH_SECONDS = 300  # client-go's shortest; up to twice that, so that nodes do not come all at once
 SHORTEST_WATCH = 1.0  # one that ends sooner, without an event, counts as failed
 MISSING_SECONDS = 60.0  # until a collection that the server did not have is looked for again
+REMOVED = 8  # times 404 in a row, 13 s or more: an API server that starts may not know its own collections for seconds
+TOKENS = 3  # that the server forgot, until a list is asked for in one piece: reading that stops all packets for long
 _TURN = 64  # events between two turns of the packets
 
 T = TypeVar("T")
@@ -200,7 +204,7 @@ class Reflector(Generic[T]):
 
     Args:
         versions: In which the collection may be found, the best first; which of them the server has is asked.
-        optional: The server may have none, or not let us see it: it counts as empty then.
+        optional: The server may have none, or not let us see it: it counts as empty then, if it was never seen.
         parameters: Selectors.
         news: Is called when anything in the shelf, or the link, may have changed.
     """
@@ -226,6 +230,7 @@ class Reflector(Generic[T]):
         self._backoff = backoff or Backoff()
         self._hurry = asyncio.Event()
         self._patient = True
+        self._missing = 0
         self.link = Link()
 
     async def run(self) -> None:
@@ -267,8 +272,10 @@ class Reflector(Generic[T]):
     def _withheld(self, error: ApiError) -> float:
         """There is no such collection, or it may not be seen: others go on, and it is looked for every now and then."""
         missing = error.status == 404
+        self._missing = self._missing + 1 if missing else 0
         self._shelf.version, self._resource = "", None
-        if not self._optional:
+        known = self._shelf.synced and self._shelf.installed
+        if not self._optional or (known and self._missing < REMOVED):
             if self.link.set(str(error)):
                 log.error("api server refuses resource=%s: %s", self._shelf.name, error)
             self._news()
@@ -288,7 +295,7 @@ class Reflector(Generic[T]):
     async def _list(self) -> None:
         resource = self._resource = self._resource or await self._choose()
         entries: dict[str, Entry[T]] = {}
-        token, limit = "", PAGE
+        token, limit, forgotten = "", PAGE, 0
         while True:
             asked = {**self._parameters, **({"limit": str(limit)} if limit else {})}
             try:
@@ -296,7 +303,8 @@ class Reflector(Generic[T]):
             except ApiError as error:
                 if not (token and error.is_gone):
                     raise
-                entries, token, limit = {}, "", 0
+                forgotten += 1
+                entries, token, limit = {}, "", PAGE if forgotten < TOKENS else 0
                 continue
             page = await asyncio.to_thread(self._read_page, body)
             entries.update(page.entries)
@@ -305,6 +313,7 @@ class Reflector(Generic[T]):
             token = page.token
             if not token:
                 break
+        self._missing = 0
         self._shelf.installed = True
         self._shelf.replace(entries)
         self._shelf.version = page.version
