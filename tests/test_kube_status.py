@@ -130,7 +130,9 @@ def test_who_says_farewell_is_followed_at_once():
     assert desk.turn(b)
 
 
-@pytest.mark.parametrize("spec", [{}, {"holderIdentity": None}, {"leaseTransitions": "x", "leaseDurationSeconds": "y"}])
+@pytest.mark.parametrize(
+    "spec", [{}, {"holderIdentity": None}, {"leaseTransitions": "x", "leaseDurationSeconds": "y"}, "x"]
+)
 def test_a_lease_that_somebody_has_emptied_is_taken(spec):
     desk, a = Desk(), Election("a", "x", "y")
     desk.lease = {"metadata": {"name": "x"}, "spec": spec}
@@ -366,6 +368,32 @@ def test_a_writer_that_may_not_write_says_so_once_and_everything_else_goes_on(ca
     lines = [record.message for record in caplog.records if "cannot be written" in record.message]
     assert len(lines) == 1
     assert "services/status is forbidden" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "body", ["", "{", "[]", '"x"', "[" * 100_000], ids=["nothing", "half", "a list", "text", "deep"]
+)
+@pytest.mark.parametrize("verb", ["GET", "POST"])
+def test_a_lease_that_is_none_is_an_error_and_not_a_crash(monkeypatch, caplog, verb, body):
+    async def whole():
+        async with serving(*BASIS, POOL) as server, following(server) as found:
+            api = found.source._writer._api
+            asked = api._asked
+            broken: list[str] = []
+
+            async def breaking(method, path, *rest):
+                if "/leases" not in path or method != verb or len(broken) == 3:
+                    return await asked(method, path, *rest)
+                broken.append(method)
+                return body.encode()
+
+            monkeypatch.setattr(api, "_asked", breaking)
+            put(server, balancer("web"))
+            await eventually(lambda: address(server, "web") == ["192.0.2.200"])
+            assert len(broken) == 3
+
+    asyncio.run(whole())
+    assert [record.message for record in caplog.records if "cannot be written: the answer is no" in record.message]
 
 
 # --- permissions -----------------------------------------------------------------------------------------------------

@@ -124,29 +124,29 @@ class KubeApi:
         """
         return await self._asked("GET", path, parameters)
 
-    async def patch(self, path: str, body: Any, kind: str = MERGE_PATCH) -> Any:
+    async def patch(self, path: str, body: Any, kind: str = MERGE_PATCH) -> dict[str, Any]:
         """Change a part of an object (RFC 7386) and return all of it.
 
         Raises:
             KubeError: It was not changed, as far as that is known; 409: not from that ``resourceVersion``.
         """
-        return _parsed(await self._asked("PATCH", path, None, body, kind))
+        return parsed(await self._asked("PATCH", path, None, body, kind))
 
-    async def create(self, path: str, body: Any) -> Any:
+    async def create(self, path: str, body: Any) -> dict[str, Any]:
         """Add an object to the collection at this path and return it.
 
         Raises:
             KubeError: It was not added, as far as that is known; 409: there is one with this name.
         """
-        return _parsed(await self._asked("POST", path, None, body))
+        return parsed(await self._asked("POST", path, None, body))
 
-    async def replace(self, path: str, body: Any) -> Any:
+    async def replace(self, path: str, body: Any) -> dict[str, Any]:
         """Replace an object whole and return it.
 
         Raises:
             KubeError: It was not replaced, as far as that is known; 409: not from that ``resourceVersion``.
         """
-        return _parsed(await self._asked("PUT", path, None, body))
+        return parsed(await self._asked("PUT", path, None, body))
 
     @asynccontextmanager
     async def watch(self, path: str, parameters: Parameters, seconds: int) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -281,11 +281,19 @@ async def _refusal(answer: "aiohttp.ClientResponse") -> ApiError:
     return ApiError.of(status, answer.status, float(given) if given.isdecimal() else 0)
 
 
-def _parsed(body: bytes) -> Any:
+def parsed(body: bytes) -> dict[str, Any]:
+    """Return the object that an answer or an event is.
+
+    Raises:
+        AwayError: It is none.
+    """
     try:
-        return json.loads(body)
-    except ValueError:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
         raise AwayError("the answer is not JSON") from None
+    if not isinstance(value, dict):
+        raise AwayError("the answer is no object")
+    return value
 
 
 def _why(error: Exception) -> str:

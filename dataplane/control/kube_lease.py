@@ -37,7 +37,8 @@ class Election:
 
     def saw(self, lease: Mapping[str, Any] | None, now: float) -> None:
         """Take note of the Lease as it is now; None: there is none."""
-        spec = lease.get("spec") or {} if lease is not None else {}
+        spec = (lease or {}).get("spec")
+        spec = spec if isinstance(spec, dict) else {}
         if spec != (self._seen or {}).get("spec") or self._seen is None:
             self._changed = now
         self._seen = {"metadata": (lease or {}).get("metadata"), "spec": spec}

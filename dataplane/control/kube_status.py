@@ -10,7 +10,6 @@ is an address that lies in no pool.
 """
 
 import asyncio
-import json
 import logging
 import random
 import time
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from dataplane.control.kube_api import ApiError, KubeApi, KubeError, Resource
+from dataplane.control.kube_api import ApiError, KubeApi, KubeError, Resource, parsed
 from dataplane.control.kube_lease import SECONDS, Election
 from dataplane.control.kube_objects import KubeService
 from dataplane.control.kube_view import View
@@ -110,7 +109,7 @@ class Writer:
         """Try to have the office, or to keep it; return whether that is so."""
         led, election = self.election.leads(time.monotonic()), self.election
         try:
-            lease = _table(await self._api.get(self._path))
+            lease = parsed(await self._api.get(self._path))
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -233,8 +232,3 @@ def _event(each: KubeService, node: str, why: str, wall: float) -> Mapping[str, 
         "lastTimestamp": now,
         "source": {"component": "dataplane", "host": node},
     }
-
-
-def _table(body: bytes) -> dict[str, Any]:
-    value = json.loads(body)
-    return value if isinstance(value, dict) else {}

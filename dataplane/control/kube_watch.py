@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from dataplane.control.kube_api import ApiError, AwayError, KubeApi, KubeError, Parameters, Resource
+from dataplane.control.kube_api import ApiError, AwayError, KubeApi, KubeError, Parameters, Resource, parsed
 
 PAGE = 200  # of endpoint slices that is 15 ms of parsing, during which no packet moves; client-go has 500
 WATCH_SECONDS = 300  # client-go's shortest; up to twice that, so that nodes do not come all at once
@@ -333,7 +333,7 @@ class Reflector(Generic[T]):
 
     def _read_page(self, body: bytes) -> Page[T]:
         """Read a page. Runs in a thread."""
-        document = _json(body)
+        document = parsed(body)
         metadata = document.get("metadata")
         items = document.get("items")
         if not isinstance(metadata, dict) or not isinstance(metadata.get("resourceVersion"), str):
@@ -372,7 +372,7 @@ class Reflector(Generic[T]):
         count = 0
         async for line in lines:
             if line.strip():
-                self._event(_json(line))
+                self._event(parsed(line))
                 self._backoff.succeeded()
             count += 1
             if count % _TURN == 0:
@@ -407,13 +407,3 @@ class Reflector(Generic[T]):
         version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
         if isinstance(version, str) and version:
             self._shelf.version = version
-
-
-def _json(text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise AwayError("the answer is not JSON") from None
-    if not isinstance(value, dict):
-        raise AwayError("the answer is no object")
-    return value
