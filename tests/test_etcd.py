@@ -101,6 +101,29 @@ def test_a_range_has_all_keys_of_the_prefix_and_no_others_over_many_pages(run, p
     run(work)
 
 
+def test_keys_with_large_values_come_in_smaller_pages(run, prefix, monkeypatch):
+    monkeypatch.setattr(etcd, "PAGE", 7)
+    monkeypatch.setattr(etcd, "HEAVY_PAGE", 2)
+
+    async def work(client: Etcd) -> None:
+        names = [f"{prefix}{kind}/{number}" for kind in "abc" for number in range(5)]
+        for name in names:
+            await client.put(name, "")
+        ask, sizes = client._ask, list[int]()
+
+        async def counted(endpoint, path, body):
+            answer = await ask(endpoint, path, body)
+            sizes.append(len(answer["kvs"]))
+            return answer
+
+        monkeypatch.setattr(client, "_ask", counted)
+        assert [item.key for item in (await client.range(prefix, heavy=f"{prefix}b/")).items] == names
+        assert [item.key for item in (await client.range(f"{prefix}b/", heavy=f"{prefix}b/")).items] == names[5:10]
+        assert sizes == [5, 2, 2, 1, 5, 2, 2, 1]
+
+    run(work)
+
+
 def test_a_range_is_of_one_revision_however_many_pages_it_takes(run, prefix, monkeypatch):
     monkeypatch.setattr(etcd, "PAGE", 2)
 

@@ -25,7 +25,9 @@ import aiohttp
 
 from dataplane.control.transport import keepalive_socket, os_text
 
-PAGE = 1000  # keys per answer: to take one apart keeps the packets waiting for 5 ms
+PAGE = 1000  # keys per answer: to take one apart keeps the packets waiting for 5 ms if values have 200 bytes
+HEAVY_PAGE = 64  # keys whose values have up to 20 kB, as full blocks of addresses do
+_STEP = 64  # keys that are taken apart in one go
 _PAGE_TRIES = 3  # a compaction may fall between two pages
 _SILENT_SECONDS = 5.0  # then the watch's endpoint is asked whether it still is there
 _READ_BUFFER = 1 << 18
@@ -174,33 +176,39 @@ class Etcd:
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
-    async def range(self, prefix: str, *, keys_only: bool = False) -> Range:
-        """Return all keys that begin with the prefix, as they were at one revision; without values if not wanted."""
+    async def range(self, prefix: str, *, keys_only: bool = False, heavy: str = "") -> Range:
+        """Return all keys that begin with the prefix, as they were at one revision; without values if not wanted.
+
+        ``heavy`` is the prefix of those among them that have large values: they come in smaller pages.
+        """
+        pieces = [(_encoded(prefix), _end(prefix), PAGE)]
+        if heavy:
+            inner = (_encoded(heavy), _end(heavy), HEAVY_PAGE)
+            pieces = [(_encoded(prefix), inner[0], PAGE), inner, (inner[1], _end(prefix), PAGE)]
         for _ in range(_PAGE_TRIES - 1):
             try:
-                return await self._pages(prefix, keys_only)
+                return await self._pages(pieces, keys_only)
             except CompactedError:
                 continue
-        return await self._pages(prefix, keys_only)
+        return await self._pages(pieces, keys_only)
 
-    async def _pages(self, prefix: str, keys_only: bool) -> Range:
+    async def _pages(self, pieces: Sequence[tuple[str, str, int]], keys_only: bool) -> Range:
         items: list[KeyValue] = []
-        revision, start = 0, _encoded(prefix)
-        while True:
-            page = {
-                "key": start,
-                "range_end": _end(prefix),
-                "limit": PAGE,
-                "revision": revision,
-                "keys_only": keys_only,
-            }
-            answer = await self._call("kv/range", page, again=True)
-            revision = revision or _revision(answer)
-            items += map(_item, answer.get("kvs", ()))
-            if not answer.get("more"):
-                return Range(tuple(items), revision)
-            # Not by the decoded key: one that is no UTF-8 would not come back.
-            start = b64encode(b64decode(answer["kvs"][-1]["key"]) + b"\0").decode()
+        revision = 0
+        for begin, end, limit in pieces:
+            start = begin
+            while start != end:
+                page = {"key": start, "range_end": end, "limit": limit, "revision": revision, "keys_only": keys_only}
+                answer = await self._call("kv/range", page, again=True)
+                revision = revision or _revision(answer)
+                found = answer.get("kvs", ())
+                for first in range(0, len(found), _STEP):
+                    items += map(_item, found[first : first + _STEP])
+                    await asyncio.sleep(0)
+                # Not by the decoded key: one that is no UTF-8 would not come back.
+                more = answer.get("more")
+                start = b64encode(b64decode(found[-1]["key"]) + b"\0").decode() if more else end
+        return Range(tuple(items), revision)
 
     async def get(self, key: str) -> KeyValue | None:
         """Return a key; None if there is none."""

@@ -242,7 +242,7 @@ class EtcdAddresses:
     async def _list(self, prefix: str) -> tuple[Stored, ...]:
         """Return what is there; packets have their turn while hundreds of blocks are read."""
         listed = []
-        for number, item in enumerate((await self._etcd.range(prefix)).items, 1):
+        for number, item in enumerate((await self._etcd.range(prefix, heavy=prefix)).items, 1):
             listed.append(self._stored(item))
             if number % _CHUNK == 0:
                 await asyncio.sleep(0)

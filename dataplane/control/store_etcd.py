@@ -26,6 +26,7 @@ from dataplane.control.etcd_edits import Edits
 from dataplane.control.etcd_published import Published
 from dataplane.control.ipam import IpamError, Rules
 from dataplane.control.ipam_etcd import EtcdAddresses
+from dataplane.control.ipam_store import BLOCKS
 from dataplane.control.loadbalancer_etcd import AddressWriter
 from dataplane.control.snapshot import ClusterStatus, Reload
 from dataplane.control.source import Health, Sink, cluster_status
@@ -174,7 +175,7 @@ class EtcdSource:
                 await pause.wait()
 
     async def _list(self) -> None:
-        found = await self.etcd.range(f"{self.prefix}/")
+        found = await self.etcd.range(f"{self.prefix}/", heavy=f"{self.prefix}/{BLOCKS}")
         self._taking = True
         for _ in self.contents.load(found.items, found.revision):
             await asyncio.sleep(0)
