@@ -334,6 +334,18 @@ def test_a_node_is_what_it_says_its_blocks_and_whether_it_is_a_member(store):
     assert not store.cluster.nodes["node3"].alive
 
 
+def test_what_is_behind_a_node_is_found_without_a_look_at_the_blocks_of_others(store):
+    for number in (3, 4):
+        store.put(f"nodes/node{number}", {"addresses": [f"192.0.2.1{number}"]})
+        store.put(f"blocks/10.244.{number}.0-26", dump(block(f"10.244.{number}.0/26", f"node{number}", 1)))
+    assert len(store.cluster.nodes) == 2
+    store.contents._nodes._shares["blocks/10.244.4.0-26"] = None  # it would fail
+    store.put("members/node3", {"since": 1})
+    assert [str(cidr) for cidr in store.cluster.nodes["node3"].pod_cidrs] == ["10.244.3.0/26"]
+    store.delete("blocks/10.244.3.0-26")
+    assert store.cluster.nodes["node3"].pod_cidrs == ()
+
+
 def test_an_address_within_a_block_that_its_own_node_takes_changes_nobodys_routes(store):
     store.put("nodes/node3", {"addresses": ["192.0.2.13"]})
     store.put("blocks/10.244.9.0-26", dump(block("10.244.9.0/26", "node3", 1)))

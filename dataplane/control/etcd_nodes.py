@@ -53,6 +53,7 @@ class Nodes:
         self._stored: dict[str, tuple[StoredNode, int]] = {}
         self._members: dict[str, float] = {}
         self._shares: dict[str, _Share] = {}
+        self._shares_of: dict[str, dict[str, _Share]] = {}  # by whom they matter to, else each looks through all
         self._contest: Contest[object] = Contest()
         for peer in peers:
             self._contest.enter(f"{_FILE}/{peer.name}", (_OWN, 0), (peer.address, peer.vtep_mac, *peer.pod_cidrs))
@@ -78,13 +79,15 @@ class Nodes:
     def set_block(self, key: str, block: Block | None) -> bool:
         """Set a block; return whether that matters to anybody's routes."""
         before, after = self._shares.pop(key, None), _share(block) if block is not None else None
+        for name in _sharers(before):
+            del self._shares_of[name][key]
         if after is not None:
             self._shares[key] = after
+            for name in _sharers(after):
+                self._shares_of.setdefault(name, {})[key] = after
         if before == after:
             return False
-        for share in (before, after):
-            if share is not None:
-                self._dirty |= {share.node, *(node for node, _ in share.borrowed)} - {""}
+        self._dirty |= {*_sharers(before), *_sharers(after)}
         return True
 
     def settled(self, lost: Callable[[str, str], None]) -> Mapping[str, ClusterNode]:
@@ -135,14 +138,13 @@ class Nodes:
         As ``ipam.prefixes_of`` does for blocks that are not cut down to shares.
         """
         given = self._stored[name][0].cidrs if name in self._stored else ()
+        shares = self._shares_of.get(name, {}).values()
         own = sorted(
-            (share.number, share.cidr.network_address.packed, share.cidr)
-            for share in self._shares.values()
-            if share.node == name
+            (share.number, share.cidr.network_address.packed, share.cidr) for share in shares if share.node == name
         )
         borrowed = sorted(
             (address.packed, ip_network(address))
-            for share in self._shares.values()
+            for share in shares
             for node, address in share.borrowed
             if node == name
         )
@@ -151,6 +153,10 @@ class Nodes:
 
 def _share(block: Block) -> _Share:
     return _Share(block.cidr, block.affinity, block.number, tuple(sorted(_borrowed(block), key=str)))
+
+
+def _sharers(share: _Share | None) -> set[str]:
+    return {share.node, *(node for node, _ in share.borrowed)} - {""} if share is not None else set()
 
 
 def _borrowed(block: Block) -> Iterator[tuple[str, Address]]:
