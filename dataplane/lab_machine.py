@@ -190,6 +190,8 @@ def _is_owed(path: Path) -> bool:
 
 def _recover_node(path: Path) -> list[str]:
     """Undo what a node has left, and remove the files that are named after it; what resisted keeps its journal."""
+    # A process that was killed closes its files when it is in no namespace any more: it may not have ended yet.
+    wait_for(lambda: (owner := journal.contents(path)[0]) is None or not owner.alive, _KILLED_PATIENCE)
     try:
         report = journal.recover(path)
     except journal.AlreadyRunningError as error:
